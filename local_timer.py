@@ -77,6 +77,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_STALL = 1.0  # seconds: a server that wakes later than that did not run, whatever the reason
 _WALL_CLOCK = 1e9  # time.time() passed it in 2001; time.monotonic() gets there after 31 years of uptime
 
 
@@ -115,13 +116,15 @@ class TimerRequest:
 # a third of the time of repr(). A line of up to 512 bytes is written whole or not at all (POSIX, PIPE_BUF).
 _RECORD_MAX = 512
 _TAIL = 17  # where " <pid> <scope>\n" starts in a record
+_write = os.write  # names of their own, since each look-up counts on the fast path
+_hexlify = binascii.hexlify
 _pack = struct.Struct(">d").pack
 _unpack = struct.Struct(">d").unpack
 
 
 def _encode(request: TimerRequest) -> bytes:
     scope, _ = codecs.unicode_escape_encode(request.scope_id)  # built in: encode() would import a module first
-    record = b"\n%b %d %b\n" % (binascii.hexlify(_pack(request.expiration_time)), request.worker_id, scope)
+    record = b"\n%b %d %b\n" % (_hexlify(_pack(request.expiration_time)), request.worker_id, scope)
     if len(record) > _RECORD_MAX:
         raise ValueError(f"the scope is too long for one record of {_RECORD_MAX} bytes: {request.scope_id[:60]!r}...")
     return record
@@ -142,6 +145,7 @@ _fork_aware: weakref.WeakSet[RequestPipe | LocalTimerClient | TimerServer] = wea
 def _after_fork_in_child() -> None:
     global _start_lock
     _start_lock = threading.RLock()  # another thread of the parent may have held it
+    _Process.watchdogs.clear()
     for thing in _fork_aware:
         thing._after_fork_in_child()
 
@@ -164,6 +168,10 @@ class RequestQueue(abc.ABC):
         """Return up to `size` requests, waiting no longer than `timeout` seconds for them."""
 
 
+class _NoWriters(EOFError):
+    """Raised by a pipe that nobody can write to any more."""
+
+
 class RequestPipe:
     """The transport: many writers, one reader, no lock and no thread.
 
@@ -173,14 +181,15 @@ class RequestPipe:
     """
 
     def __init__(self) -> None:
-        reader, writer = os.pipe()
-        # A daemon may have closed 0 to 2; what it opens or prints there must not meet this pipe.
-        self._attach(fcntl.fcntl(reader, fcntl.F_DUPFD_CLOEXEC, 3), fcntl.fcntl(writer, fcntl.F_DUPFD_CLOEXEC, 3))
-        os.close(reader)
-        os.close(writer)
+        ends = [os.pipe()]
+        while min(ends[-1]) < 3:  # a daemon has closed 0 to 2; what it opens or prints there must not meet this pipe
+            ends.append(os.pipe())
+        for end in itertools.chain(*ends[:-1]):
+            os.close(end)
+        self._attach(*ends[-1])
         self._pid = os.getpid()
 
-    def _attach(self, reader: int, writer: int, identity: tuple[int, int] | None = None) -> None:
+    def _attach(self, reader: int, writer: int, identity: tuple[int, int, int] | None = None) -> None:
         self._reader = reader
         self._writer = writer
         self._pid = 0  # no process has checked the writer yet
@@ -192,11 +201,20 @@ class RequestPipe:
         if reader >= 0:
             os.set_blocking(reader, False)
             self._poller.register(reader, select.POLLIN)
+            self._capacity = 16384  # macOS starts with that
+            if sys.platform == "linux":
+                # F_SETPIPE_SZ and F_GETPIPE_SZ have their names from CPython 3.10 on. With pages of 64 KiB a pipe
+                # would be larger than one read; a user with too many pipes gets a smaller one.
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(reader, 1031, 65536)
+                self._capacity = fcntl.fcntl(reader, 1032)
+            self._read_at = time.monotonic()
+            self._kept_waiting = False  # a writer, perhaps, by a full pipe that had not been read for long
         if writer >= 0:
             os.set_blocking(writer, False)
             os.set_inheritable(writer, False)
-        status = os.fstat(max(reader, writer))
-        self._identity = identity or (status.st_dev, status.st_ino)
+        self._gave_up_at = -math.inf
+        self._identity = identity or self._identify(max(reader, writer))
         _fork_aware.add(self)
 
     def put(self, request: TimerRequest, block: bool = True) -> None:
@@ -208,7 +226,7 @@ class RequestPipe:
         record = _encode(request)
         if self._pid != os.getpid():
             self._check_writer()
-        patience = 10
+        patience = 10 if time.monotonic() - self._gave_up_at > 1 else 1  # for the release after a failed acquire
         while True:
             try:
                 os.write(self._writer, record)
@@ -225,25 +243,36 @@ class RequestPipe:
             # In seconds, each of which counts only if this process ran in it: it may have been stopped, too.
             patience = 10 if room.poll(1000) else patience - 1
             if not patience:
+                self._gave_up_at = time.monotonic()
                 raise TimeoutError(
                     errno.ETIMEDOUT, "no timer server is reading: the pipe of requests has been full for 10 s"
                 )
 
     def _check_writer(self) -> None:
-        # A daemon closes what it inherited and opens files of its own under the same numbers.
+        # A daemon closes what it inherited and opens files of its own under the same numbers; and in another pid
+        # namespace this process has another number for the server, one that may be a stranger's.
         if not self._is_this_pipe(self._writer):
             raise BrokenPipeError(
                 errno.EPIPE,
-                f"descriptor {self._writer} is not the pipe of the timer server any more: this process has closed it",
+                f"descriptor {self._writer} is not the pipe of the timer server any more: this process has closed it,"
+                " or is in another pid namespace",
             )
         self._pid = os.getpid()
 
+    @staticmethod
+    def _identify(descriptor: int) -> tuple[int, int, int]:
+        status = os.fstat(descriptor)
+        try:
+            namespace = os.stat("/proc/self/ns/pid").st_ino
+        except OSError:
+            namespace = 0
+        return status.st_dev, status.st_ino, namespace
+
     def _is_this_pipe(self, descriptor: int) -> bool:
         try:
-            status = os.fstat(descriptor)
+            return self._identify(descriptor) == self._identity
         except OSError:
             return False
-        return (status.st_dev, status.st_ino) == self._identity
 
     def get(self, block: bool = True, timeout: float | None = None) -> TimerRequest:
         """Return the next request, waiting for it up to `timeout` seconds (`None`: for ever) if `block`.
@@ -258,7 +287,7 @@ class RequestPipe:
             if self._ready:
                 continue
             if self._exhausted:
-                raise EOFError("all writers of the pipe are gone")
+                raise _NoWriters("all writers of the pipe are gone")
             wait = deadline - time.monotonic() if block else 0.0
             if wait <= 0:
                 raise queue.Empty
@@ -283,13 +312,17 @@ class RequestPipe:
         except OSError as error:
             error.strerror = "this is not the process that reads the pipe, or the pipe is closed"
             raise
+        last, self._read_at = self._read_at, time.monotonic()
+        # A full page has room for a record less at its end.
+        if len(data) >= self._capacity * 7 // 8 and self._read_at - last > _STALL:
+            self._kept_waiting = True
         self._exhausted = not data
         *lines, rest = (self._rest + data.decode("ascii", "replace")).split("\n")
         self._rest = rest[:_RECORD_MAX]
         for line in filter(None, lines):
             try:
                 self._ready.append(_decode(line))
-            except (ValueError, struct.error):
+            except Exception:
                 logger.error("local_timer: dropped a line that is no timer request: %.60r", line)
 
     def close(self) -> None:
@@ -311,11 +344,11 @@ class RequestPipe:
         if hasattr(self, "_identity"):
             self.close()
 
-    def __getstate__(self) -> tuple[Any, tuple[int, int]]:
+    def __getstate__(self) -> tuple[Any, tuple[int, int, int]]:
         context.assert_spawning(self)
         return reduction.DupFd(self._writer), self._identity
 
-    def __setstate__(self, state: tuple[Any, tuple[int, int]]) -> None:
+    def __setstate__(self, state: tuple[Any, tuple[int, int, int]]) -> None:
         self._attach(-1, state[0].detach(), state[1])
 
 
@@ -386,7 +419,6 @@ class LocalTimerClient(TimerClient):
         if not hasattr(mp_queue, "put"):
             raise TypeError(f"a RequestPipe or a multiprocessing queue is needed, not {mp_queue!r}")
         self._mp_queue = mp_queue
-        self._writer = -1
         # By scope, " <pid> <scope>\n" and the whole line of a release. The pid is in them, since asking for it would
         # cost as much as a third of the write; so a fork empties them.
         self._tails: dict[str, bytes] = {}
@@ -405,8 +437,8 @@ class LocalTimerClient(TimerClient):
                 f" {expiration_time!r}" + (", a value of time.time()" if _WALL_CLOCK <= expiration_time < 1e10 else "")
             )
         try:
-            os.write(self._writer, b"\n" + binascii.hexlify(_pack(expiration_time)) + self._tails[scope_id])
-        except KeyError:
+            _write(self._mp_queue._writer, b"\n" + _hexlify(_pack(expiration_time)) + self._tails[scope_id])
+        except (KeyError, AttributeError):
             self._put(scope_id, expiration_time)
         except OSError as error:
             self._put_instead(error, scope_id, expiration_time)
@@ -414,8 +446,8 @@ class LocalTimerClient(TimerClient):
     def release(self, scope_id: str) -> None:
         """End a timer of this process; if the server is gone, there is nothing to end."""
         try:
-            os.write(self._writer, self._releases[scope_id])
-        except KeyError:
+            _write(self._mp_queue._writer, self._releases[scope_id])
+        except (KeyError, AttributeError):
             self._put(scope_id, -1.0)
         except OSError as error:
             self._put_instead(error, scope_id, -1.0)
@@ -440,7 +472,6 @@ class LocalTimerClient(TimerClient):
                 self._releases.clear()
             request.expiration_time = -1.0
             release = _encode(request)
-            self._writer = self._mp_queue._writer
             self._releases[scope_id] = release
             self._tails[scope_id] = release[_TAIL:]
 
@@ -455,7 +486,6 @@ class LocalTimerClient(TimerClient):
 # ----------------------------------------------------------------------------------------------------------- server
 
 
-_STALL = 1.0  # seconds: who wakes later than that did not run, whatever the reason
 _HEARTBEAT = 0.25  # seconds: the longest sleep with a timer pending, or else a stall could not be measured
 
 
@@ -539,7 +569,7 @@ class TimerServer(abc.ABC):
             while not stop.is_set():
                 try:
                     self._run_watchdog()
-                except EOFError:
+                except _NoWriters:
                     return  # nobody is left to watch
                 except Exception:
                     logger.exception("local_timer: a turn of the watchdog loop failed; going on in a second")
@@ -557,17 +587,18 @@ class TimerServer(abc.ABC):
 
     def start(self) -> None:
         """Run the loop in a thread; if it runs already, do nothing."""
-        if self._stop is not None:
-            return
-        self._stop = stop = threading.Event()
-        self._watchdog_thread = threading.Thread(
-            target=self._watchdog_loop, args=(stop,), name="local_timer watchdog", daemon=self._daemon
-        )
-        try:
-            self._watchdog_thread.start()
-        except BaseException:
-            self._stop = None
-            raise
+        with _start_lock:
+            if self._stop is not None:
+                return
+            self._stop = stop = threading.Event()
+            self._watchdog_thread = threading.Thread(
+                target=self._watchdog_loop, args=(stop,), name="local_timer watchdog", daemon=self._daemon
+            )
+            try:
+                self._watchdog_thread.start()
+            except BaseException:
+                self._stop = None
+                raise
 
     def stop(self) -> None:
         """End the loop and wait for its thread, `max_interval` at most; `start()` continues it."""
@@ -591,7 +622,7 @@ class TimerServer(abc.ABC):
 
 
 def _check_escalation(signum: int, grace: float) -> None:
-    if signum not in signal.valid_signals():
+    if signum not in set(signal.Signals):
         raise ValueError(f"signum must be a signal of this system, not {signum!r}")
     if not 0 <= grace <= threading.TIMEOUT_MAX:
         raise ValueError(f"grace must be a number of seconds from 0 up, not {grace!r}")
@@ -630,6 +661,7 @@ class LocalTimerServer(TimerServer):
         self._timers: dict[tuple[int, str], _Timer] = {}
         self._heap: list[_Timer] = []
         self._serial = itertools.count()
+        self._truce = 0.0  # until then nobody is killed
         self._expired: dict[int, list[_Timer]] = {}  # what get_expired_timers found last
         self._pidfds: dict[int, int] = {}
         self._pids: dict[int, int] = {}  # by pidfd
@@ -641,7 +673,10 @@ class LocalTimerServer(TimerServer):
 
     def register_timers(self, timer_requests: list[TimerRequest]) -> None:
         self._drop_dead()  # first, since a new worker may have the pid of a dead one
-        timers, pidfds, serial = self._timers, self._pidfds, self._serial
+        if getattr(self._mp_queue, "_kept_waiting", False):
+            self._mp_queue._kept_waiting = False
+            self._call_truce()
+        timers, pidfds, serial, truce = self._timers, self._pidfds, self._serial, self._truce
         for request in timer_requests:
             try:
                 worker_id = request.worker_id
@@ -654,7 +689,8 @@ class LocalTimerServer(TimerServer):
                 elif type(worker_id) is not int or worker_id <= 0:
                     raise ValueError("worker_id is not a pid")  # kill(0) and kill(-1) would hit many
                 elif worker_id in pidfds or self._hold(worker_id):
-                    timers[key] = timer = (expiration_time, next(serial), request, False)
+                    when = expiration_time if expiration_time > truce else truce
+                    timers[key] = timer = (when, next(serial), request, False)
                     heapq.heappush(self._heap, timer)
             except (AttributeError, OverflowError, TypeError, ValueError) as error:
                 logger.error("local_timer: dropped a request that makes no sense: %r (%s)", request, error)
@@ -718,7 +754,11 @@ class LocalTimerServer(TimerServer):
         timers = self._expired.pop(worker_id, [])
         now = time.monotonic()
         signum = signal.SIGKILL if any(signalled for _, _, _, signalled in timers) else self._signum
-        names = ", ".join(f"{t[2].scope_id} is {1000 * (now - t[2].expiration_time):.1f} ms late" for t in timers)
+        names = ", ".join(
+            f"{request.scope_id if request.scope_id.isprintable() else ascii(request.scope_id)} is"
+            f" {1000 * (now - request.expiration_time):.1f} ms late"
+            for _, _, request, _ in timers
+        )
         try:
             # SIGKILL is silent and comes before all else. Another signal may make the worker print, so there our line
             # comes first, if the worker is there at all.
@@ -761,16 +801,17 @@ class LocalTimerServer(TimerServer):
             return _HEARTBEAT if size else self._max_interval
         return max(0.0, min(self._heap[0][0] - now, _HEARTBEAT))
 
+    def _call_truce(self) -> None:
+        # For a second after a stall: a worker may have been kept from putting its request, or from putting it in time.
+        self._truce = time.monotonic() + _STALL
+        self._act_later([timer for timer in self._timers.values() if timer[0] < self._truce], self._truce)
+
     def _postpone(self, seconds: float) -> None:
         if self._timers:
-            logger.warning(
-                "local_timer: the watchdog did not run for about %.1f s: all deadlines move by that", seconds
-            )
-        for when, _, request, signalled in list(self._timers.values()):
-            later = (when + seconds, next(self._serial), request, signalled)
-            self._timers[request.worker_id, request.scope_id] = later
-        self._heap = list(self._timers.values())
-        heapq.heapify(self._heap)
+            logger.warning("local_timer: the watchdog did not run for %.1f s: all deadlines move by that", seconds)
+        for timer in list(self._timers.values()):
+            self._act_later([timer], timer[0] + seconds)
+        self._call_truce()
 
     def _wake(self) -> None:
         # A release of no timer ends the wait. If the queue is full there is no wait; if it is closed, no server.
@@ -798,6 +839,7 @@ class _Process:
 
     client: TimerClient | None = None
     switched_off = False  # by configure(None): then no watchdog starts by itself
+    watchdogs: set[int] = set()  # the pids of those that this process has started
 
 
 _timer_number = itertools.count(1)
@@ -852,6 +894,7 @@ class watchdog_expires:
 
     _scope_id: str | None = None
     _running_on: TimerClient | None = None
+    _ending = False
 
     def __init__(self, after: float | None, scope: str | None = None, client: TimerClient | None = None) -> None:
         if after is not None:
@@ -891,6 +934,7 @@ class watchdog_expires:
             return self
         if self._scope_id is None:
             self._scope_id = self._new_scope_id()
+        self._ending = False
         self._running_on = client = _configured_client() if self._client is None else self._client
         try:
             client.acquire(self._scope_id, time.monotonic() + self._after)
@@ -902,6 +946,7 @@ class watchdog_expires:
     def __exit__(self, *exc_info: object) -> None:
         client = self._running_on
         if client is not None and self._scope_id is not None:
+            self._ending = True
             try:
                 client.release(self._scope_id)
             except BaseException:
@@ -918,9 +963,12 @@ class watchdog_expires:
         """Start the `after` seconds of the running timer again: a heartbeat."""
         if self._after is None:
             return
-        if self._running_on is None or self._scope_id is None:
+        client, scope_id = self._running_on, self._scope_id
+        if client is None or scope_id is None:
             raise RuntimeError("reset() is for a running timer: call it inside the block")
-        self._running_on.acquire(self._scope_id, time.monotonic() + self._after)
+        client.acquire(scope_id, time.monotonic() + self._after)
+        if self._ending:
+            client.release(scope_id)  # the block has ended in another thread in the meantime
 
     def __call__(self, func: Callable[P, R]) -> Callable[P, R]:
         import inspect  # here, since the watchdog process decorates nothing and would have to carry it
@@ -951,17 +999,16 @@ class watchdog_expires:
 
         own_client = self._client
         idle = _ScopeIds()
-        monotonic = time.monotonic
+        take, give_back = idle.pop, idle.append
+        process, monotonic = _Process, time.monotonic
 
         @functools.wraps(func)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-            client = own_client
+            client = process.client if own_client is None else own_client
             if client is None:
-                client = _Process.client
-                if client is None:
-                    client = _configured_client()
+                client = _configured_client()
             try:
-                scope_id = idle.pop()
+                scope_id = take()
             except IndexError:
                 scope_id = timer._new_scope_id()
             # An interrupt may come at any instruction. A release too many is ignored, one too few would kill.
@@ -974,7 +1021,7 @@ class watchdog_expires:
                 except BaseException:
                     client.release(scope_id)
                     raise
-                idle.append(scope_id)
+                give_back(scope_id)
 
         return guarded
 
@@ -1028,6 +1075,19 @@ def start_watchdog(*, signum: int = signal.SIGABRT, grace: float = 5.0) -> Local
         return client
 
 
+def _reap_watchdogs() -> dict[int, int]:
+    """Reap those that have ended; return their exit codes by pid, as far as nobody else has reaped them."""
+    codes = {}
+    for pid in list(_Process.watchdogs):
+        with contextlib.suppress(ChildProcessError):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended:
+                continue
+            codes[pid] = os.waitstatus_to_exitcode(status)
+        _Process.watchdogs.discard(pid)
+    return codes
+
+
 class _WatchdogClient(LocalTimerClient):
     """The client of a watchdog process, which it starts, and starts again if that has died."""
 
@@ -1046,16 +1106,19 @@ class _WatchdogClient(LocalTimerClient):
             )
 
     def _launch(self) -> RequestPipe:
-        if not sys.executable or getattr(sys, "frozen", False) or not os.path.isfile(_THIS_FILE):
+        works = os.access(sys.executable or "", os.X_OK) and not getattr(sys, "frozen", False)
+        if not works or not os.path.isfile(_THIS_FILE):
             raise RuntimeError(
                 f"no interpreter ({sys.executable!r}) can be started on this file ({_THIS_FILE!r}): run a"
                 " LocalTimerServer in the program that starts this process and configure() its client here"
             )
+        _reap_watchdogs()
         pipe = RequestPipe()
         arguments = [str(pipe._reader), str(int(self._signum)), repr(float(self._grace))]
         # The child inherits the mask, so that nothing can strike before it ignores these signals.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
             self._child = util.spawnv_passfds(
                 os.fsencode(sys.executable),
                 [sys.executable, "-I", "-S", _THIS_FILE, "--watchdog", *arguments],
@@ -1063,6 +1126,7 @@ class _WatchdogClient(LocalTimerClient):
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _Process.watchdogs.add(self._child)
         pipe._close_reader()
         return pipe
 
@@ -1073,23 +1137,12 @@ class _WatchdogClient(LocalTimerClient):
         except BrokenPipeError as error:
             with _start_lock:
                 if self._mp_queue is pipe:  # else another thread was faster
-                    logger.warning(
-                        "local_timer: the watchdog process is lost (%s); starting another", self._reason(error)
-                    )
+                    code = _reap_watchdogs().get(self._child)
+                    reason = error.strerror if code is None else f"exit code {code}"
+                    logger.warning("local_timer: the watchdog process is lost (%s); starting another", reason)
                     self._mp_queue = self._launch()
                     self._lost = pipe  # a thread may be about to write to its descriptor, so that must stay taken
             super()._put(scope_id, expiration_time)
-
-    def _reason(self, error: OSError) -> str:
-        try:
-            pid, status = os.waitpid(self._child, os.WNOHANG) if self._child else (0, 0)
-        except ChildProcessError:
-            pid, status = 0, 0
-        return f"exit code {os.waitstatus_to_exitcode(status)}" if pid else str(error)
-
-    def _after_fork_in_child(self) -> None:
-        super()._after_fork_in_child()
-        self._child = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._signum, self._grace, self._mp_queue)
@@ -1103,7 +1156,8 @@ class _StderrHandler(logging.Handler):
         stderr.register(2, select.POLLOUT)
         with contextlib.suppress(OSError):
             if stderr.poll(0):
-                os.write(2, (self.format(record) + "\n").encode(errors="backslashreplace"))
+                line = self.format(record).encode(errors="backslashreplace")
+                os.write(2, line[: select.PIPE_BUF - 1] + b"\n")  # for which there is room then
 
 
 def _watchdog_main(reader: int, signum: int, grace: float) -> None:
