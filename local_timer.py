@@ -130,9 +130,12 @@ def _encode(request: TimerRequest) -> bytes:
     return record
 
 
+_RELEASE = _hexlify(_pack(-1.0)).decode()
+
+
 def _decode(line: str) -> TimerRequest:
     deadline, pid, scope = line.split(" ", 2)
-    (expiration_time,) = _unpack(binascii.unhexlify(deadline))
+    expiration_time = -1.0 if deadline == _RELEASE else _unpack(binascii.unhexlify(deadline))[0]
     if "\\" in scope:
         scope, _ = codecs.unicode_escape_decode(scope)
     return TimerRequest(int(pid), scope, expiration_time)
@@ -361,10 +364,11 @@ class MultiprocessingRequestQueue(RequestQueue):
     """
 
     def __init__(self, mp_queue: Any = None) -> None:
-        self._mp_queue = RequestPipe() if mp_queue is None else mp_queue
-        if not hasattr(self._mp_queue, "get") or not hasattr(self._mp_queue, "qsize"):
+        self._mp_queue = mp_queue = RequestPipe() if mp_queue is None else mp_queue
+        if not hasattr(mp_queue, "get") or not hasattr(mp_queue, "qsize"):
             raise TypeError(f"a RequestPipe or a multiprocessing queue with get and qsize is needed, not {mp_queue!r}")
-        self._ahead: collections.deque[TimerRequest] = collections.deque()
+        # What has been taken out of the queue already; a pipe keeps that itself, since it reads in batches.
+        self._ahead = mp_queue._ready if isinstance(mp_queue, RequestPipe) else collections.deque()
 
     def size(self) -> int:
         try:
@@ -380,11 +384,8 @@ class MultiprocessingRequestQueue(RequestQueue):
 
     def get(self, size: int, timeout: float) -> list[TimerRequest]:
         deadline = time.monotonic() + timeout
-        requests: list[TimerRequest] = []
+        requests = [self._ahead.popleft() for _ in range(min(size, len(self._ahead)))]
         while len(requests) < size:
-            if self._ahead:
-                requests.append(self._ahead.popleft())
-                continue
             try:
                 requests.append(self._mp_queue.get(True, max(0.0, deadline - time.monotonic())))
             except queue.Empty:
