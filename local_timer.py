@@ -14,7 +14,8 @@ keeps the deadlines and kills, the decorator, the watchdog process, the demo (`p
 those of `torch.distributed.elastic.timer`. All times are seconds, all deadlines are on `time.monotonic()`.
 """
 
-# License: MIT, see LICENSE. To vendor it, copy this one file; it needs CPython 3.9 or later and nothing else.
+# Copyright (c) 2026 the local_timer authors. License: MIT; its text, LICENSE, goes with every copy.
+# To vendor it, copy this file; it needs CPython 3.9 or later and nothing else.
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ import sys
 import threading
 import time
 import weakref
-from multiprocessing import context, reduction, util
+from multiprocessing import reduction, util
+from multiprocessing.context import assert_spawning
 
 TYPE_CHECKING = False  # type checkers take it for typing.TYPE_CHECKING, whose import would cost the watchdog 1 MB
 if TYPE_CHECKING:
@@ -123,6 +125,8 @@ _unpack = struct.Struct(">d").unpack
 
 
 def _encode(request: TimerRequest) -> bytes:
+    if not isinstance(request.scope_id, str):
+        raise TypeError(f"scope_id must be a str, not {request.scope_id!r}")
     scope, _ = codecs.unicode_escape_encode(request.scope_id)  # built in: encode() would import a module first
     record = b"\n%b %d %b\n" % (_hexlify(_pack(request.expiration_time)), request.worker_id, scope)
     if len(record) > _RECORD_MAX:
@@ -141,7 +145,7 @@ def _decode(line: str) -> TimerRequest:
     return TimerRequest(int(pid), scope, expiration_time)
 
 
-# What must be put right in a forked child, before any other code of ours runs there.
+# What must be put right in a forked child. Hooks that were registered before this import run before.
 _fork_aware: weakref.WeakSet[RequestPipe | LocalTimerClient | TimerServer] = weakref.WeakSet()
 
 
@@ -348,7 +352,7 @@ class RequestPipe:
             self.close()
 
     def __getstate__(self) -> tuple[Any, tuple[int, int, int]]:
-        context.assert_spawning(self)
+        assert_spawning(self)
         return reduction.DupFd(self._writer), self._identity
 
     def __setstate__(self, state: tuple[Any, tuple[int, int, int]]) -> None:
@@ -506,6 +510,7 @@ class TimerServer(abc.ABC):
         self._watchdog_thread: threading.Thread | None = None
         self._stop: threading.Event | None = None  # that of the running loop
         self._stalled = 0.0  # seconds by which the deadlines have to move yet
+        self._turned_at: float | None = None  # when the running loop ended its last turn
         _fork_aware.add(self)
 
     @abc.abstractmethod
@@ -536,7 +541,7 @@ class TimerServer(abc.ABC):
 
     def _run_watchdog(self) -> None:
         """Run one turn of the loop."""
-        start = time.monotonic()
+        start = time.monotonic() if self._turned_at is None else self._turned_at
         stalled, self._stalled = self._stalled, 0.0
         size = self._request_queue.size()
         wait = 0.0 if stalled else min(self._wait(start, size), self._max_interval)
@@ -554,9 +559,11 @@ class TimerServer(abc.ABC):
             if self._reap_worker_no_throw(worker_id):
                 reaped.add(worker_id)
         self.clear_timers(reaped)
-        late = time.monotonic() - start - wait
-        if late > _STALL:
-            self._stalled = late + _HEARTBEAT  # it may have begun anywhere in the sleep
+        end = time.monotonic()
+        if end - start - wait > _STALL:
+            self._stalled = end - start - wait + _HEARTBEAT  # it may have begun anywhere in the sleep
+        if self._turned_at is not None:
+            self._turned_at = end
 
     def _reap_worker_no_throw(self, worker_id: Any) -> bool:
         try:
@@ -568,6 +575,7 @@ class TimerServer(abc.ABC):
     def _watchdog_loop(self, stop: threading.Event) -> None:
         try:
             while not stop.is_set():
+                self._turned_at = self._turned_at or time.monotonic()
                 try:
                     self._run_watchdog()
                 except _NoWriters:
@@ -575,7 +583,9 @@ class TimerServer(abc.ABC):
                 except Exception:
                     logger.exception("local_timer: a turn of the watchdog loop failed; going on in a second")
                     stop.wait(1.0)
+                    self._turned_at = None
         finally:
+            self._turned_at = None
             if self._stop is stop:
                 self._stop = None
 
@@ -701,7 +711,7 @@ class LocalTimerServer(TimerServer):
 
     def _hold(self, pid: int) -> bool:
         # A pidfd stays with the process it was opened for, whoever gets the pid next.
-        if not hasattr(os, "pidfd_open"):
+        if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
             return True
         try:
             pidfd = os.pidfd_open(pid)
@@ -782,7 +792,7 @@ class LocalTimerServer(TimerServer):
         return False
 
     def _send_signal(self, pid: int, signum: int) -> None:
-        if pid in self._pidfds:
+        if sys.platform == "linux" and pid in self._pidfds:
             signal.pidfd_send_signal(self._pidfds[pid], signum)
         else:
             os.kill(pid, signum)
@@ -883,11 +893,11 @@ class watchdog_expires:
     ...         train(batch)
     ...         timer.reset()
 
-    It works on functions, methods and `async def`; the timer ends on return, on any exception and on cancellation.
-    `after=None` means no deadline. Every call and every block has a timer of its own, also nested, recursive, in
-    threads and in tasks; with a `scope`, the timer has that name in this process: acquiring it again moves its
-    deadline, releasing it ends it. The `client` is the given one, else that of `configure()`, looked up at each
-    call, else that of a watchdog process which is started then.
+    It works on functions, methods and `async def` (put it right above the `def`); the timer ends on return, on any
+    exception and on cancellation. `after=None` means no deadline. Every call and every block has a timer of its own,
+    also nested, recursive, in threads and in tasks. With a `scope`, the timer has that name in this process: acquiring
+    it again moves its deadline, releasing it ends it, wherever that is done. The `client` is the given one, else that
+    of `configure()`, looked up at each call, else that of a watchdog process which is started then.
 
     Raises `ValueError` and `TypeError` for bad arguments here, not at the call. A guarded call raises
     `BrokenPipeError` if the server is gone and `RuntimeError` after `configure(None)`.
@@ -1033,15 +1043,17 @@ expires = watchdog_expires
 def _to_seconds(after: Any) -> float:
     if not hasattr(type(after), "__float__") and not hasattr(type(after), "__index__"):
         raise TypeError(
-            f"after must be a number of seconds or None, not {after!r}: write @watchdog_expires(after=30) or"
-            " with watchdog_expires(after=30):"
+            f"after must be a number of seconds or None, not {after!r}: write `@watchdog_expires(after=30)` or"
+            " `with watchdog_expires(after=30):`"
         )
     try:
         seconds = float(after)
     except OverflowError:
         seconds = math.inf
     if not 0 < seconds < _WALL_CLOCK:
-        raise ValueError(f"after must be a positive, finite number of seconds (None for no deadline), not {after!r}")
+        raise ValueError(
+            f"after must be a positive number of seconds below {_WALL_CLOCK:g}, or None, not {after!r:.40}"
+        )
     return seconds
 
 
@@ -1070,8 +1082,8 @@ def start_watchdog(*, signum: int = signal.SIGABRT, grace: float = 5.0) -> Local
             configure(client)
         elif (client._signum, client._grace) != (signum, grace):
             raise RuntimeError(
-                f"a watchdog process with signum={client._signum!r} and grace={client._grace!r} serves this process"
-                " already: start yours before the first guarded call, or call configure(None) first"
+                f"a watchdog process with signum={signal.Signals(client._signum).name} and grace={client._grace!r}"
+                " serves this process already: start yours before the first guarded call, or call configure(None)"
             )
         return client
 
@@ -1103,7 +1115,7 @@ class _WatchdogClient(LocalTimerClient):
         if os.getpid() == 1:
             logger.warning(
                 "local_timer: this is PID 1 of a container, which no signal from inside can kill, so the watchdog can't"
-                " either: run the container with an init process (docker run --init)"
+                " either, though it prints the stack: run the container with an init process (docker run --init)"
             )
 
     def _launch(self) -> RequestPipe:

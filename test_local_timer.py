@@ -1,7 +1,7 @@
 """The tests of local_timer, and its benchmark.
 
     python3 -m pytest test_local_timer.py         the everyday suite, under a minute on two cores
-    LOCAL_TIMER_TESTS=full python3 -m pytest ...  the same with the hard cases at full size, some ten minutes
+    LOCAL_TIMER_TESTS=full python3 -m pytest ...  the same with the hard cases at full size, some four minutes
     python3 test_local_timer.py                   the same as the first
     python3 test_local_timer.py bench             the speed table, beside the peers that can be imported
 
@@ -1305,6 +1305,7 @@ async def async_generator() -> Any:
 
 too_long = "x" * 600
 nonsense: Any = "nonsense"
+nonsense_scope: Any = 7
 a_function: Any = function
 INFINITE = [math.nan, math.inf]
 BAD_USE: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
@@ -1317,6 +1318,11 @@ BAD_USE: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a staticmethod": (lambda: watchdog_expires(5)(staticmethod(a_function)), TypeError, "above its def"),
     "not callable": (lambda: watchdog_expires(5)(nonsense), TypeError, "function or a method"),
     "a number as scope": (lambda: watchdog_expires(5, scope=7), TypeError, "str"),  # type: ignore[arg-type]
+    "a number as scope of a client": (
+        lambda: LocalTimerClient(RequestPipe()).acquire(nonsense_scope, 5.0),
+        TypeError,
+        "scope_id must be a str",
+    ),
     "a long scope": (lambda: watchdog_expires(5, scope=too_long), ValueError, "too long"),
     "no client": (lambda: watchdog_expires(5, client=nonsense), TypeError, "TimerClient"),
     "no client to configure": (lambda: configure(nonsense), TypeError, "TimerClient"),
