@@ -1176,6 +1176,7 @@ class _StderrHandler(logging.Handler):
 def _watchdog_main(reader: int, signum: int, grace: float) -> None:
     for shielded in _SHIELDED:
         signal.signal(shielded, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHIELDED)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)  # who waits for the end of the program's output must not wait for us

@@ -895,6 +895,49 @@ BACKGROUND["stopped_server"] = (
 )
 
 
+def test_a_release_counts_that_comes_while_the_server_is_at_work() -> None:
+    server = LocalTimerServer(max_interval=0.1)
+    victim = subprocess.Popen(["sleep", str(FOREVER)])
+    register = server.register_timers
+
+    def slowly(timer_requests: list[TimerRequest]) -> None:
+        register(timer_requests)
+        if len(timer_requests) == 1 and timer_requests[0].expiration_time > 0:
+            server._mp_queue.put(TimerRequest(victim.pid, "a", -1))  # in time
+            time.sleep(0.1)
+
+    server.register_timers = slowly  # type: ignore[method-assign]
+    server._mp_queue.put(TimerRequest(victim.pid, "a", time.monotonic() + 0.05))
+    for _ in range(3):
+        server._run_watchdog()
+    assert victim.poll() is None and not server._timers
+    victim.kill()
+    victim.wait()
+
+
+def test_a_release_that_had_no_room_in_the_pipe_of_a_stopped_server_still_counts() -> None:
+    server = LocalTimerServer(max_interval=0.01)
+    pipe = server._mp_queue
+    released, hung = (subprocess.Popen(["sleep", str(FOREVER)]) for _ in range(2))
+    for victim in (released, hung):
+        pipe.put(TimerRequest(victim.pid, "a", time.monotonic()))
+    with pytest.raises(queue.Full):
+        while True:
+            pipe.put(TimerRequest(1, "filler", -1), False)
+    pipe._read_at -= 5  # as long as the server was stopped
+    server._run_watchdog()
+    server._run_watchdog()
+    assert released.poll() is hung.poll() is None
+    pipe.put(TimerRequest(released.pid, "a", -1))
+    truce = time.monotonic() + 2
+    while hung.poll() is None and time.monotonic() < truce:
+        server._run_watchdog()
+    assert hung.wait() == -signal.SIGKILL
+    assert released.poll() is None
+    released.kill()
+    released.wait()
+
+
 def test_a_server_that_was_stopped_kills_nobody_and_then_still_kills(
     background: dict[str, subprocess.Popen[str]],
 ) -> None:
@@ -1102,7 +1145,7 @@ def test_the_wall_clock_moves_nothing(program: Program) -> None:
 
             def work(seconds):
                 with watchdog_expires(after=0.3, client=server.client()):
-                    time.sleep(seconds)
+                    watchdog_expires(after=0.3, client=server.client())(time.sleep)(seconds)
 
             with local_timer.LocalTimerServer() as server:
                 context = multiprocessing.get_context("fork")
@@ -1593,15 +1636,16 @@ def test_forked_children_share_the_watchdog_of_their_parent(program: Program) ->
     result = program.run("""
         import local_timer, os, time
         from local_timer import watchdog_expires
-        client = local_timer.start_watchdog()
+        call = watchdog_expires(after=0.2)(time.sleep)
+        call(0)
+        client = local_timer._Process.client
         inode = os.fstat(client._mp_queue._writer).st_ino
         pid = os.fork()
         if pid == 0:
-            with watchdog_expires(after=0.2):
-                assert os.fstat(local_timer._Process.client._mp_queue._writer).st_ino == inode
-                time.sleep(600)
+            assert os.fstat(local_timer._Process.client._mp_queue._writer).st_ino == inode
+            call(600)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-        with watchdog_expires(after=0.2): pass
+        call(0)
         time.sleep(0.3)
         print("alive")
     """)
@@ -1661,7 +1705,7 @@ def test_signals_to_the_whole_group_leave_a_surviving_program_guarded(program: P
             from local_timer import watchdog_expires
             signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
             for signum in signals:
-                signal.signal(signum, signal.SIG_IGN)
+                signal.signal(signum, lambda *_: None)  # SIG_IGN would be inherited
             with watchdog_expires(after=0.6):
                 for _ in range(50):
                     for signum in signals:
@@ -1795,19 +1839,18 @@ def test_an_idle_watchdog_is_small_and_sleeps(program: Program) -> None:
 def test_a_stderr_that_nobody_reads_does_not_keep_the_watchdog_from_killing(pages: int, program: Program) -> None:
     process = program.start(
         program.write("""
-            import faulthandler, local_timer, os, signal, sys, time
-            from local_timer import watchdog_expires
-            local_timer.start_watchdog(signum=signal.SIGUSR1, grace=0.2)
+            import local_timer, os, signal, sys, time
+            client = local_timer.start_watchdog(signum=signal.SIGUSR1, grace=0.2)
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-            def nest(depth):
-                with watchdog_expires(after=0.3):
-                    time.sleep(600) if depth == 0 else nest(depth - 1)
             os.set_blocking(2, False)
             try:
                 for _ in range(int(sys.argv[1])): os.write(2, b"x" * 4096)
             except BlockingIOError: pass
             os.set_blocking(2, True)
-            nest(100)  # whose report is longer than a page
+            deadline = time.monotonic() + 0.5
+            for number in range(100):  # in one report, which is longer than a page
+                client.acquire(f"a name of some length, so that it fills the line, {number}", deadline)
+            time.sleep(600)
         """),
         pages,
     )
