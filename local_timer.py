@@ -145,6 +145,13 @@ def _decode(line: str) -> TimerRequest:
     return TimerRequest(int(pid), scope, expiration_time)
 
 
+def _pid_namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0  # not known: no /proc, as on macOS or in a chroot
+
+
 # What must be put right in a forked child. Hooks that were registered before this import run before.
 _fork_aware: weakref.WeakSet[RequestPipe | LocalTimerClient | TimerServer] = weakref.WeakSet()
 
@@ -196,7 +203,7 @@ class RequestPipe:
         self._attach(*ends[-1])
         self._pid = os.getpid()
 
-    def _attach(self, reader: int, writer: int, identity: tuple[int, int, int] | None = None) -> None:
+    def _attach(self, reader: int, writer: int, namespace: int = 0) -> None:
         self._reader = reader
         self._writer = writer
         self._pid = 0  # no process has checked the writer yet
@@ -221,7 +228,9 @@ class RequestPipe:
             os.set_blocking(writer, False)
             os.set_inheritable(writer, False)
         self._gave_up_at = -math.inf
-        self._identity = identity or self._identify(max(reader, writer))
+        status = os.fstat(max(reader, writer))
+        self._identity = status.st_dev, status.st_ino
+        self._namespace = namespace or _pid_namespace()
         _fork_aware.add(self)
 
     def put(self, request: TimerRequest, block: bool = True) -> None:
@@ -258,7 +267,8 @@ class RequestPipe:
     def _check_writer(self) -> None:
         # A daemon closes what it inherited and opens files of its own under the same numbers; and in another pid
         # namespace this process has another number for the server, one that may be a stranger's.
-        if not self._is_this_pipe(self._writer):
+        here = _pid_namespace()
+        if not self._is_this_pipe(self._writer) or (here and self._namespace and here != self._namespace):
             raise BrokenPipeError(
                 errno.EPIPE,
                 f"descriptor {self._writer} is not the pipe of the timer server any more: this process has closed it,"
@@ -266,20 +276,12 @@ class RequestPipe:
             )
         self._pid = os.getpid()
 
-    @staticmethod
-    def _identify(descriptor: int) -> tuple[int, int, int]:
-        status = os.fstat(descriptor)
-        try:
-            namespace = os.stat("/proc/self/ns/pid").st_ino
-        except OSError:
-            namespace = 0
-        return status.st_dev, status.st_ino, namespace
-
     def _is_this_pipe(self, descriptor: int) -> bool:
         try:
-            return self._identify(descriptor) == self._identity
+            status = os.fstat(descriptor)
         except OSError:
             return False
+        return (status.st_dev, status.st_ino) == self._identity
 
     def get(self, block: bool = True, timeout: float | None = None) -> TimerRequest:
         """Return the next request, waiting for it up to `timeout` seconds (`None`: for ever) if `block`.
@@ -351,11 +353,11 @@ class RequestPipe:
         if hasattr(self, "_identity"):
             self.close()
 
-    def __getstate__(self) -> tuple[Any, tuple[int, int, int]]:
+    def __getstate__(self) -> tuple[Any, int]:
         assert_spawning(self)
-        return reduction.DupFd(self._writer), self._identity
+        return reduction.DupFd(self._writer), self._namespace
 
-    def __setstate__(self, state: tuple[Any, tuple[int, int, int]]) -> None:
+    def __setstate__(self, state: tuple[Any, int]) -> None:
         self._attach(-1, state[0].detach(), state[1])
 
 
