@@ -18,6 +18,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import inspect
 import itertools
 import math
 import multiprocessing
@@ -1199,7 +1200,7 @@ def test_decorating_keeps_the_function(server: LocalTimerServer) -> None:
 
     assert add(1, 2, 3, scale=2) == 12
     assert (add.__name__, add.__doc__, add.__wrapped__.__name__) == ("add", "Add.", "add")  # type: ignore[attr-defined]
-    assert asyncio.iscoroutinefunction(slow_add) and asyncio.run(slow_add(1, b=2)) == 3
+    assert inspect.iscoroutinefunction(slow_add) and asyncio.run(slow_add(1, b=2)) == 3
     assert expires is watchdog_expires
     assert watchdog_expires(after=None)(add) is add
 
@@ -2100,7 +2101,7 @@ MURDER = """
 
     def work(stop):
         call = watchdog_expires(after=5, client=server.client())(lambda: None)
-        while not stop.is_set():
+        while not stop.value:
             for _ in range(20): call()
 
     def hang():
@@ -2108,7 +2109,7 @@ MURDER = """
 
     context = multiprocessing.get_context("fork")
     with local_timer.LocalTimerServer() as server:
-        stop = context.Event()
+        stop = context.RawValue('b')  # an Event has a lock, which a killed worker may hold
         def start():
             process = context.Process(target=work, args=(stop,))
             process.start()
@@ -2126,7 +2127,7 @@ MURDER = """
         late.join(10)
         assert late.exitcode == -9, late.exitcode
         assert all(process.is_alive() for process in workers)
-        stop.set()
+        stop.value = 1
         for process in workers: process.join(10)
         assert [process.exitcode for process in workers] == [0] * 8
         give_up = time.monotonic() + 5
