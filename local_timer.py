@@ -336,10 +336,10 @@ class RequestPipe:
 
     def close(self) -> None:
         """Close the pipe in this process."""
-        for end in (self._reader, self._writer):
-            if self._is_this_pipe(end):
-                os.close(end)
-        self._reader = self._writer = -1
+        self._close_reader()
+        if self._is_this_pipe(self._writer):
+            os.close(self._writer)
+        self._writer = -1
 
     def _close_reader(self) -> None:
         # The reader alone may keep a read end: when it is gone, a writer's next put shall fail.
