@@ -1,17 +1,15 @@
 """Kill a process that is stuck in a piece of code longer than it promised to be.
 
-    from local_timer import watchdog_expires
-
     @watchdog_expires(after=30)  # seconds
     def step(): ...
 
 If a call of `step()` is still running after 30 seconds, the process prints the Python stack of every thread and dies,
-whatever it is stuck in: asleep, in a lock, in C code that holds the GIL. Nothing has to be set up: the first guarded
-call starts a small watchdog process, which ends with the last process that it guards.
+whatever it is stuck in: asleep, in a lock, in C code that holds the GIL. The first guarded call starts a small watchdog
+process for that, which ends with the last process that it guards.
 
-The file tells its story in this order: a request, the queues that carry it, the client that puts it, the server that
-keeps the deadlines and kills, the decorator, the watchdog process, the demo (`python3 local_timer.py`). The names are
-those of `torch.distributed.elastic.timer`. All times are seconds, all deadlines are on `time.monotonic()`.
+The file tells its story in this order: a request, the queue that carries it, the scoreboard that makes do without, the
+client, the server, the decorator, the watchdog process, the demo (`python3 local_timer.py`). The names are those of
+`torch.distributed.elastic.timer`. All times are seconds, all deadlines on `time.monotonic()`.
 """
 
 # Copyright (c) 2026 the local_timer authors. License: MIT; its text, LICENSE, goes with every copy.
@@ -20,500 +18,633 @@ those of `torch.distributed.elastic.timer`. All times are seconds, all deadlines
 from __future__ import annotations
 
 import os
+import sys
 
 if os.name != "posix":
-    raise ImportError("local_timer needs the signals and pipes of POSIX, which this system does not have")
+    raise ImportError("local_timer does not run on Windows: it needs the signals and the record locks of POSIX")
+if sys.version_info < (3, 9):
+    raise ImportError("local_timer needs CPython 3.9 or later; this is " + sys.version.split()[0])
 
 import abc
-import binascii
-import codecs
-import collections
 import contextlib
-import copy
 import errno
 import faulthandler
 import fcntl
 import functools
-import heapq
 import itertools
-import logging
 import math
-import queue
-import resource
+import mmap
+import operator
 import select
 import signal
 import struct
-import sys
 import threading
 import time
 import weakref
-from multiprocessing import reduction, util
-from multiprocessing.context import assert_spawning
 
 TYPE_CHECKING = False  # type checkers take it for typing.TYPE_CHECKING, whose import would cost the watchdog 1 MB
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any, TypeVar
 
     from typing_extensions import ParamSpec, Self
 
     P = ParamSpec("P")
     R = TypeVar("R")
-    _Timer = tuple[float, int, "TimerRequest", bool]  # see LocalTimerServer
 
-__version__ = "1.0.0"
-__all__ = [
-    "LocalTimerClient",
-    "LocalTimerServer",
-    "MultiprocessingRequestQueue",
-    "RequestPipe",
-    "RequestQueue",
-    "TimerClient",
-    "TimerRequest",
-    "TimerServer",
-    "configure",
-    "expires",
-    "start_watchdog",
-    "watchdog_expires",
-]
+__version__ = "2.0.0"
+__all__ = ["LocalTimerClient", "LocalTimerServer", "MultiprocessingRequestQueue", "RequestQueue", "Scoreboard"]
+__all__ += ["TimerClient", "TimerRequest", "TimerServer", "configure", "expires", "start_watchdog", "watchdog_expires"]
 
-logger = logging.getLogger(__name__)
-
+_NEVER = math.inf
 _STALL = 1.0  # seconds: a server that wakes later than that did not run, whatever the reason
+_HEARTBEAT = 0.25  # seconds: the longest sleep while a timer runs, or else a stall could not be measured
 _WALL_CLOCK = 1e9  # time.time() passed it in 2001; time.monotonic() gets there after 31 years of uptime
+
+if sys.argv[1:2] != ["--watchdog"] or __name__ != "__main__":
+    import logging
+    from multiprocessing import reduction, util
+    from multiprocessing.context import assert_spawning
+
+    logger = logging.getLogger(__name__)
+
+
+class _Stderr:
+    """The logger of the watchdog process, in place of 3 MB of imports. It never waits for who reads stderr."""
+
+    def error(self, message: str, *values: object) -> None:
+        stderr = select.poll()
+        stderr.register(2, select.POLLOUT)
+        with contextlib.suppress(OSError):
+            if stderr.poll(0):
+                line = (message % values).encode(errors="backslashreplace")
+                os.write(2, line[: select.PIPE_BUF - 1] + b"\n")  # for which there is room then
+
+    warning = exception = error
 
 
 # ---------------------------------------------------------------------------------------------------------- request
-
-
 class TimerRequest:
-    """One acquisition of a timer or, with a negative `expiration_time`, its release.
-
-    `worker_id` is the pid of the worker, `scope_id` the name of the timer in it, `expiration_time` the deadline in
-    seconds on `time.monotonic()`, which all processes of a host share.
-    """
+    """One acquisition of a timer or, with a negative `expiration_time`, its release: the pid of the worker, the name of
+    the timer in it, and the deadline in seconds on `time.monotonic()`, which all processes of a host share."""
 
     __slots__ = ("worker_id", "scope_id", "expiration_time")
 
     def __init__(self, worker_id: Any, scope_id: str, expiration_time: float) -> None:
-        self.worker_id = worker_id
-        self.scope_id = scope_id
-        self.expiration_time = expiration_time
+        self.worker_id, self.scope_id, self.expiration_time = worker_id, scope_id, expiration_time
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, TimerRequest):
-            return NotImplemented
-        return (self.worker_id, self.scope_id, self.expiration_time) == (
-            other.worker_id,
-            other.scope_id,
-            other.expiration_time,
-        )
+        return repr(self) == repr(other) if isinstance(other, TimerRequest) else NotImplemented
 
     def __repr__(self) -> str:
         return f"TimerRequest({self.worker_id!r}, {self.scope_id!r}, {self.expiration_time!r})"
 
 
-# A request on the wire is one line, "\n<deadline> <pid> <scope>\n". It starts with a newline too, so that half a line
-# of somebody else's in front of it spoils nothing. The deadline is a double as 16 hex digits: exact, and formatted in
-# a third of the time of repr(). A line of up to 512 bytes is written whole or not at all (POSIX, PIPE_BUF).
-_RECORD_MAX = 512
-_TAIL = 17  # where " <pid> <scope>\n" starts in a record
-_write = os.write  # names of their own, since each look-up counts on the fast path
-_hexlify = binascii.hexlify
-_pack = struct.Struct(">d").pack
-_unpack = struct.Struct(">d").unpack
-
-
-def _encode(request: TimerRequest) -> bytes:
-    if not isinstance(request.scope_id, str):
-        raise TypeError(f"scope_id must be a str, not {request.scope_id!r}")
-    scope, _ = codecs.unicode_escape_encode(request.scope_id)  # built in: encode() would import a module first
-    record = b"\n%b %d %b\n" % (_hexlify(_pack(request.expiration_time)), request.worker_id, scope)
-    if len(record) > _RECORD_MAX:
-        raise ValueError(f"the scope is too long for one record of {_RECORD_MAX} bytes: {request.scope_id[:60]!r}...")
-    return record
-
-
-_RELEASE = _hexlify(_pack(-1.0)).decode()
-
-
-def _decode(line: str) -> TimerRequest:
-    deadline, pid, scope = line.split(" ", 2)
-    expiration_time = -1.0 if deadline == _RELEASE else _unpack(binascii.unhexlify(deadline))[0]
-    if "\\" in scope:
-        scope, _ = codecs.unicode_escape_decode(scope)
-    return TimerRequest(int(pid), scope, expiration_time)
-
-
-def _pid_namespace() -> int:
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0  # not known: no /proc, as on macOS or in a chroot
-
-
-# What must be put right in a forked child. Hooks that were registered before this import run before.
-_fork_aware: weakref.WeakSet[RequestPipe | LocalTimerClient | TimerServer] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    global _start_lock
-    _start_lock = threading.RLock()  # another thread of the parent may have held it
-    _Process.watchdogs.clear()
-    for thing in _fork_aware:
-        thing._after_fork_in_child()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-# ----------------------------------------------------------------------------------------------------------- queues
-
-
+# ------------------------------------------------------------------------------------------------------------ queue
 class RequestQueue(abc.ABC):
-    """The consumer's side of a queue of timer requests."""
+    """The consumer's side of a queue of timer requests: `size()` tells how many wait now, `get(size, timeout)` returns
+    up to `size` of them and waits no longer than `timeout` seconds for these."""
 
     @abc.abstractmethod
-    def size(self) -> int:
-        """Return how many requests are in the queue now; it does not shrink until `get` is called."""
+    def size(self) -> int: ...
 
     @abc.abstractmethod
-    def get(self, size: int, timeout: float) -> list[TimerRequest]:
-        """Return up to `size` requests, waiting no longer than `timeout` seconds for them."""
-
-
-class _NoWriters(EOFError):
-    """Raised by a pipe that nobody can write to any more."""
-
-
-class RequestPipe:
-    """The transport: many writers, one reader, no lock and no thread.
-
-    It has the methods of a `multiprocessing` queue that the timer uses. When `put` has returned, the request is in
-    the kernel, whatever becomes of the writer: it may hang with the GIL held or be killed at any instant. The process
-    that makes the pipe is its reader; forked and spawned ones can only write to it.
-    """
-
-    def __init__(self) -> None:
-        ends = [os.pipe()]
-        while min(ends[-1]) < 3:  # a daemon has closed 0 to 2; what it opens or prints there must not meet this pipe
-            ends.append(os.pipe())
-        for end in itertools.chain(*ends[:-1]):
-            os.close(end)
-        self._attach(*ends[-1])
-        self._pid = os.getpid()
-
-    def _attach(self, reader: int, writer: int, namespace: int = 0) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._pid = 0  # no process has checked the writer yet
-        self._ready: collections.deque[TimerRequest] = collections.deque()
-        self._rest = ""  # the beginning of a line whose end has not been read yet
-        self._exhausted = False
-        # What ends a wait in get(): a request and, for a server, the death of a worker.
-        self._poller = select.poll()
-        if reader >= 0:
-            os.set_blocking(reader, False)
-            self._poller.register(reader, select.POLLIN)
-            self._capacity = 16384  # macOS starts with that
-            if sys.platform == "linux":
-                # F_SETPIPE_SZ and F_GETPIPE_SZ have their names from CPython 3.10 on. With pages of 64 KiB a pipe
-                # would be larger than one read; a user with too many pipes gets a smaller one.
-                with contextlib.suppress(OSError):
-                    fcntl.fcntl(reader, 1031, 65536)
-                self._capacity = fcntl.fcntl(reader, 1032)
-            self._read_at = time.monotonic()
-            self._kept_waiting = False  # a writer, perhaps, by a full pipe that had not been read for long
-        if writer >= 0:
-            os.set_blocking(writer, False)
-            os.set_inheritable(writer, False)
-        self._gave_up_at = -math.inf
-        status = os.fstat(max(reader, writer))
-        self._identity = status.st_dev, status.st_ino
-        self._namespace = namespace or _pid_namespace()
-        _fork_aware.add(self)
-
-    def put(self, request: TimerRequest, block: bool = True) -> None:
-        """Write one request; when this returns, the reader will see it.
-
-        While the pipe is full it waits, or raises `queue.Full` if not `block`. Raises `TimeoutError` after 10 seconds
-        in which nobody read, `BrokenPipeError` if nobody can read any more, `ValueError` if the scope is too long.
-        """
-        record = _encode(request)
-        if self._pid != os.getpid():
-            self._check_writer()
-        patience = 10 if time.monotonic() - self._gave_up_at > 1 else 1  # for the release after a failed acquire
-        while True:
-            try:
-                os.write(self._writer, record)
-                return
-            except BlockingIOError:
-                if not block:
-                    raise queue.Full from None
-            except OSError as error:
-                if error.errno not in (errno.EPIPE, errno.EBADF):
-                    raise
-                raise BrokenPipeError(errno.EPIPE, "the timer server is gone: nobody reads its requests") from None
-            room = select.poll()
-            room.register(self._writer, select.POLLOUT)
-            # In seconds, each of which counts only if this process ran in it: it may have been stopped, too.
-            patience = 10 if room.poll(1000) else patience - 1
-            if not patience:
-                self._gave_up_at = time.monotonic()
-                raise TimeoutError(
-                    errno.ETIMEDOUT, "no timer server is reading: the pipe of requests has been full for 10 s"
-                )
-
-    def _check_writer(self) -> None:
-        # A daemon closes what it inherited and opens files of its own under the same numbers; and in another pid
-        # namespace this process has another number for the server, one that may be a stranger's.
-        here = _pid_namespace()
-        if not self._is_this_pipe(self._writer) or (here and self._namespace and here != self._namespace):
-            raise BrokenPipeError(
-                errno.EPIPE,
-                f"descriptor {self._writer} is not the pipe of the timer server any more: this process has closed it,"
-                " or is in another pid namespace",
-            )
-        self._pid = os.getpid()
-
-    def _is_this_pipe(self, descriptor: int) -> bool:
-        try:
-            status = os.fstat(descriptor)
-        except OSError:
-            return False
-        return (status.st_dev, status.st_ino) == self._identity
-
-    def get(self, block: bool = True, timeout: float | None = None) -> TimerRequest:
-        """Return the next request, waiting for it up to `timeout` seconds (`None`: for ever) if `block`.
-
-        Raises `queue.Empty` if there is none, `EOFError` if there can be none any more.
-        """
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while True:
-            if self._ready:
-                return self._ready.popleft()
-            self._read()
-            if self._ready:
-                continue
-            if self._exhausted:
-                raise _NoWriters("all writers of the pipe are gone")
-            wait = deadline - time.monotonic() if block else 0.0
-            if wait <= 0:
-                raise queue.Empty
-            if wait < 0.001:
-                time.sleep(wait)  # poll() counts in whole milliseconds
-                continue
-            woken_by = self._poller.poll(int(min(wait, 1e6) * 1000))
-            if woken_by and all(descriptor != self._reader for descriptor, _ in woken_by):
-                raise queue.Empty
-
-    def qsize(self) -> int:
-        """Return how many requests there are to get at once."""
-        self._read()
-        return len(self._ready)
-
-    def _read(self) -> None:
-        # One read takes all there is: a pipe holds 64 KiB. So a request that is in the pipe now is in _ready next.
-        try:
-            data = os.read(self._reader, 65536)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            error.strerror = "this is not the process that reads the pipe, or the pipe is closed"
-            raise
-        last, self._read_at = self._read_at, time.monotonic()
-        # A full page has room for a record less at its end.
-        if len(data) >= self._capacity * 7 // 8 and self._read_at - last > _STALL:
-            self._kept_waiting = True
-        self._exhausted = not data
-        *lines, rest = (self._rest + data.decode("ascii", "replace")).split("\n")
-        self._rest = rest[:_RECORD_MAX]
-        for line in filter(None, lines):
-            try:
-                self._ready.append(_decode(line))
-            except Exception:
-                logger.error("local_timer: dropped a line that is no timer request: %.60r", line)
-
-    def close(self) -> None:
-        """Close the pipe in this process."""
-        self._close_reader()
-        if self._is_this_pipe(self._writer):
-            os.close(self._writer)
-        self._writer = -1
-
-    def _close_reader(self) -> None:
-        # The reader alone may keep a read end: when it is gone, a writer's next put shall fail.
-        if self._is_this_pipe(self._reader):
-            os.close(self._reader)
-        self._reader = -1
-
-    _after_fork_in_child = _close_reader
-
-    def __del__(self) -> None:
-        if hasattr(self, "_identity"):
-            self.close()
-
-    def __getstate__(self) -> tuple[Any, int]:
-        assert_spawning(self)
-        return reduction.DupFd(self._writer), self._namespace
-
-    def __setstate__(self, state: tuple[Any, int]) -> None:
-        self._attach(-1, state[0].detach(), state[1])
+    def get(self, size: int, timeout: float) -> list[TimerRequest]: ...
 
 
 class MultiprocessingRequestQueue(RequestQueue):
-    """A `RequestQueue` over a `RequestPipe` or any `multiprocessing` queue.
+    """A `RequestQueue` over any `multiprocessing` queue, for programs that were written for PyTorch's timer.
 
-    A `multiprocessing.Queue` sends through a thread that needs the GIL: a worker that hangs with the GIL held right
-    after `acquire` is missed, and one killed while it holds the queue's lock silences all others. The pipe has
-    neither weakness.
+    Such a queue sends through a thread that needs the GIL: a worker that hangs with the GIL held right after `acquire`
+    is missed, and one killed while it holds the queue's lock silences all others. A `Scoreboard` has neither weakness.
     """
 
-    def __init__(self, mp_queue: Any = None) -> None:
-        self._mp_queue = mp_queue = RequestPipe() if mp_queue is None else mp_queue
+    def __init__(self, mp_queue: Any) -> None:
         if not hasattr(mp_queue, "get") or not hasattr(mp_queue, "qsize"):
-            raise TypeError(f"a RequestPipe or a multiprocessing queue with get and qsize is needed, not {mp_queue!r}")
-        # What has been taken out of the queue already; a pipe keeps that itself, since it reads in batches.
-        self._ahead = mp_queue._ready if isinstance(mp_queue, RequestPipe) else collections.deque()
+            raise TypeError(f"a Scoreboard or a multiprocessing queue with get and qsize is needed, not {mp_queue!r}")
+        self._mp_queue = mp_queue
+        self._ahead: list[TimerRequest] = []  # what had to be taken out to count it
 
     def size(self) -> int:
         try:
             return int(self._mp_queue.qsize())
-        except NotImplementedError:
-            # macOS can't count a queue, so it is emptied: it holds 32,767 requests at most (SEM_VALUE_MAX there).
-            while len(self._ahead) < 32767:
-                try:
-                    self._ahead.append(self._mp_queue.get(False))
-                except queue.Empty:
-                    break
+        except NotImplementedError:  # macOS has no sem_getvalue; a queue holds 32,767 requests there (SEM_VALUE_MAX)
+            self._ahead = self.get(32767, 0.0)
             return len(self._ahead)
 
     def get(self, size: int, timeout: float) -> list[TimerRequest]:
+        from queue import Empty
+
+        requests, self._ahead = self._ahead[:size], self._ahead[size:]
         deadline = time.monotonic() + timeout
-        requests = [self._ahead.popleft() for _ in range(min(size, len(self._ahead)))]
-        while len(requests) < size:
-            try:
+        with contextlib.suppress(Empty):
+            while len(requests) < size:
                 requests.append(self._mp_queue.get(True, max(0.0, deadline - time.monotonic())))
-            except queue.Empty:
-                break
         return requests
 
 
+# ------------------------------------------------------------------------------------------------------- scoreboard
+# The table is one sparse file, mapped by all. Each byte of it has one writer: of the header that is the server, of a
+# row the process that has locked it. The locks are on numbers, not on content: 0 is the server's; of a row, 1 + row is
+# locked to clear it, and 1 + _ROWS + row once it is clear: only then is the process its owner.
+_ROWS = 15_625
+_ROW = 16  # timers: two cache lines of deadlines, so that processes don't share any
+_USED = 64  # where a byte for each row tells whether it was ever claimed; before that comes the header
+_DEADLINES = 16_384  # a double for each timer, infinite where none runs
+_NAMES = _DEADLINES + 8 * _ROWS * _ROW
+_NAME = 240  # bytes: the limit as a double, 0 where none is known, then a text in UTF-8
+_SIZE = _NAMES + _NAME * _ROWS * _ROW
+_POKE = struct.Struct("dd")  # when it was sent, and by when the server must look
+_LINUX = sys.platform == "linux"
+_FLOCK = "hhqqi" if _LINUX else "qqihhi"  # struct flock (fcntl(2))
+_NOWHERE: Any = memoryview(bytearray(8)).cast("d")
+
+
+def _record(name: str, where: str = "", limit: float = 0.0) -> bytes:
+    text, tail = (part.encode(errors="backslashreplace") for part in (name, where))
+    room = _NAME - 8 - len(tail)
+    text = text if len(text) <= room else text[: room - 3] + b"..."
+    return (struct.pack("d", limit) + text + tail)[:_NAME].ljust(_NAME, b"\0")
+
+
+def _text(record: bytes) -> str:
+    return record[8:].rstrip(b"\0").decode(errors="replace")
+
+
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    try:
+        status = os.fstat(descriptor)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise  # it may come from a signal handler: TimeoutError is an OSError
+        return None
+    return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def _standard_descriptors_taken() -> Iterator[None]:
+    # In a program that has closed some of 0, 1 and 2, what we open must not get their numbers: it may open them anew,
+    # which closes ours, and to a child they can't be passed.
+    taken = [os.open("/", os.O_RDONLY)]
+    try:
+        while taken[-1] < 3:
+            taken.append(os.open("/", os.O_RDONLY))
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+class _NobodyLeft(Exception):
+    """Nobody is left who could poke: there is nothing to serve any more."""
+
+
+class _Slot:
+    """A place for one timer in a row of this process. Its user is who has taken it from the free ones."""
+
+    __slots__ = ("board", "free", "look", "cell", "place", "record")
+
+    def __init__(self, board: Scoreboard, number: int) -> None:
+        self.board, self.free, self.look = board, board._free, board._look
+        self.cell, self.place = board._deadlines[number : number + 1], _NAMES + number * _NAME
+        self.record = b""  # what was written there last
+
+    def start(self, record: bytes, after: float) -> bool:
+        """Start the timer. Return whether that must be done again, since the scoreboard was lost and opened anew."""
+        if self.record is not record:
+            self.describe(record)
+        now = time.monotonic()
+        self.cell[0] = deadline = now + after
+        return not (now <= self.look[0] <= deadline and now < self.board._check_at) and self.board._poke(now, deadline)
+
+    def describe(self, record: bytes) -> None:
+        self.board._table[self.place : self.place + _NAME] = record
+        self.record = record
+
+    def give_back(self) -> None:
+        self.cell[0] = _NEVER
+        self.free.append(self)
+
+
+_cell = operator.attrgetter("cell")
+
+
+def _store(held_by: Callable[[Any], Any], key: object, deadline: float) -> bool:
+    # The user of a slot may be any thread, and another may just give it back. So this is in C from end to end: the GIL
+    # stays here from the look-up to the store.
+    return bool(list(map(operator.setitem, map(_cell, filter(None, map(held_by, (key,)))), (0,), (deadline,))))
+
+
+class Scoreboard(RequestQueue):
+    """The table in which workers note their deadlines and a server reads them: state instead of messages.
+
+    A worker's `acquire` is a store into shared memory, its `release` another. The server is poked, through a pipe, only
+    if it would look too late. What nobody has to send can't be full, stale, half written or lost. As a `RequestQueue`
+    it is always empty.
+
+    A process owns its rows by record locks, which the kernel drops when it dies or calls `exec` (fcntl(2)): of the
+    kernel the server learns whom to kill. A scoreboard is passed on by fork, or to a process that is being spawned. It
+    holds up to 250,000 running timers; one more is a `RuntimeError`.
+    """
+
+    # fcntl(2): closing any descriptor of a file drops all record locks of the process on it. So a process attaches a
+    # scoreboard once, and closes nothing of it while a timer runs.
+    _attached: weakref.WeakValueDictionary[Any, Scoreboard] = weakref.WeakValueDictionary()
+    _kept: list[Any] = []
+    _settings: tuple[Any, ...] = ()
+    _descriptors: tuple[int, ...] = ()
+    _slots: list[_Slot] = []
+
+    def __init__(self) -> None:
+        descriptors: list[int] = []
+        with _standard_descriptors_taken():
+            try:
+                descriptors += os.pipe()
+                if _LINUX:
+                    file = os.memfd_create("local_timer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                else:
+                    import tempfile
+
+                    file = os.dup(tempfile.TemporaryFile().fileno())  # noqa: SIM115
+                descriptors.append(file)
+                os.ftruncate(file, _SIZE)
+                if _LINUX:  # who made it shorter would kill the server, by SIGBUS (memfd_create(2))
+                    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+                self._attach(*descriptors)
+            except BaseException:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                raise
+
+    def _attach(self, reader: int, writer: int, file: int) -> None:
+        self._table = table = memoryview(mmap.mmap(file, _SIZE))
+        self._look: Any = table[:8].cast("d")  # when the server looks next; negative: not before it is poked
+        self._start: Any = table[8:24].cast("d")  # when one was started that does not serve yet, and its pid
+        self._deadlines: Any = table[_DEADLINES:_NAMES].cast("d")
+        self._reader, self._writer, self._file = self._descriptors = reader, writer, file
+        self._identities = [_identity(descriptor) for descriptor in self._descriptors]
+        for descriptor in set(self._descriptors) - {-1}:
+            os.set_inheritable(descriptor, False)  # it came to a spawned process otherwise
+            os.set_blocking(descriptor, False)
+        self._attached[self._identities[2]] = self
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget what belongs to one process: a forked child has no rows yet. What runs in the frames of its parent
+        ends timers there, in slots of which nothing leads to the table any more."""
+        for slot in self._slots:
+            slot.cell = _NOWHERE
+        self._slots = []
+        self._free: list[_Slot] = []
+        self._scopes: dict[str, _Slot] = {}
+        self._rows: dict[int, object] = {}  # True: this process's; else a thread is trying to lock it
+        self._turn = itertools.count()
+        self._check_at = _NEVER
+        self._serving = False
+        self._poked = _NEVER, _NEVER
+        self._unanswered = 0.0, _NEVER, 0.0  # what _look was at a poke, since when, and for how long not to poke again
+
+    def __del__(self) -> None:
+        if sys is None or sys.is_finalizing() or not self._descriptors:
+            return
+        if self._scopes or not self._is_ours():  # timers outlive their client; a map would close what is not its own
+            self._kept.append(self)
+        else:
+            for descriptor in set(self._descriptors) - {-1}:
+                os.close(descriptor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        assert_spawning(self)
+        return self._arrive, (self._settings, *map(reduction.DupFd, self._descriptors))
+
+    @classmethod
+    def _arrive(cls, settings: tuple[Any, ...], *passed: Any) -> Scoreboard:
+        descriptors = [descriptor.detach() for descriptor in passed]
+        board = cls._attached.get(_identity(descriptors[2]))
+        if board is None:
+            board = cls.__new__(cls)
+            board._settings = settings
+            with _standard_descriptors_taken():
+                board._attach(*descriptors)
+        return board  # if it came a second time, its descriptors stay open: closing the file would drop the locks
+
+    def _is_ours(self) -> bool:
+        """Ask whether the descriptors still are this scoreboard's: a daemon closes all, and opens files of its own."""
+        return [_identity(descriptor) for descriptor in self._descriptors] == self._identities
+
+    def _holder(self, byte: int) -> int | None:
+        """Ask the kernel which other process has locked `byte`: its pid, seen from here, or 0 or -1 if it has none."""
+        lock, place = (fcntl.F_WRLCK, os.SEEK_SET), (byte, 1, 0)
+        query = struct.pack(_FLOCK, *lock, *place) if _LINUX else struct.pack(_FLOCK, *place, *lock, 0)
+        answer = struct.unpack(_FLOCK, fcntl.fcntl(self._file, fcntl.F_GETLK, query))
+        kind, pid = (answer[0], answer[4]) if _LINUX else (answer[3], answer[2])
+        return None if kind == fcntl.F_UNLCK else int(pid)
+
+    def _is_attached(self, pid: int) -> bool:
+        # A lock outlives its process where another shares its descriptors (clone(2), CLONE_FILES): then the pid may be
+        # a stranger's, who does not have the table. Without a /proc of this pid namespace, the lock must do.
+        with contextlib.suppress(OSError):
+            if os.readlink("/proc/self") == str(os.getpid()):
+                with contextlib.suppress(FileNotFoundError):
+                    status = os.stat(f"/proc/{pid}/fd/{self._file}")  # mostly it has the same number there
+                    if (status.st_dev, status.st_ino) == self._identities[2]:
+                        return True
+                with open(f"/proc/{pid}/maps") as maps:
+                    return any(f" {self._identities[2][1]} " in line for line in maps)  # type: ignore[index]
+        return True
+
+    def _lock(self, byte: int) -> bool:
+        with contextlib.suppress(BlockingIOError, PermissionError):  # POSIX allows either
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            return True
+        return False
+
+    # What a worker does.
+
+    def _take(self) -> _Slot:
+        while True:
+            try:
+                return self._free.pop()
+            except IndexError:
+                self._claim()
+
+    def _claim(self) -> None:
+        """Make one more row this process's, and its slots free."""
+        if not self._rows:
+            self._enter_process()
+        if not self._is_ours():
+            self._reopen()
+        mine, rows, free, slots = object(), self._rows, self._free, self._slots
+        for row in itertools.islice(self._turn, _ROWS):
+            row %= _ROWS
+            # A lock that this process holds is granted again, so two threads must not try the same row.
+            if rows.setdefault(row, mine) is mine:
+                if self._lock(1 + row):
+                    break
+                rows.pop(row, None)
+        else:
+            raise RuntimeError(
+                f"the scoreboard is full: {_ROWS * _ROW:,} timers, a process keeps what it had"
+            ) from None
+        if self._rows is not rows:
+            return  # a signal handler has forked: the row is the parent's
+        new = [_Slot(self, number) for number in reversed(range(row * _ROW, (row + 1) * _ROW))]
+        for slot in new:
+            slot.cell[0] = _NEVER
+        self._lock(1 + _ROWS + row)
+        self._check_at = min(self._check_at, time.monotonic() + 1.0)
+        self._table[_USED + row] = 1
+        rows[row] = True
+        slots += new
+        free += new
+
+    def _enter_process(self) -> None:
+        if not self._is_ours():
+            self._reopen()
+
+    def _reopen(self) -> None:
+        raise BrokenPipeError("this process has closed the descriptors of its scoreboard: nothing guards it") from None
+
+    def _poke(self, now: float, deadline: float) -> bool:
+        """Wake the server, if it sleeps, means to look after `deadline`, or should have looked before `now`. Once a
+        second, see whether this process has lost its scoreboard in the meantime; return whether it has another now."""
+        look, (known, since, quiet) = self._look[0], self._unanswered
+        if look == known and now < quiet:
+            return False  # the last poke is still on its way, and the look that it brings will see this deadline too
+        if not self._is_ours():
+            self._reopen()
+            return True
+        # Who has closed a copy of the file has lost its locks. To lock again is no harm; if it fails, the row is gone.
+        if not all(self._lock(1 + _ROWS + row) for row, owned in list(self._rows.items()) if owned is True):
+            self._forget()
+            return True
+        self._check_at = now + 1.0
+        if now <= look <= deadline:
+            return False
+        with contextlib.suppress(BlockingIOError):  # full of pokes
+            os.write(self._writer, _POKE.pack(time.monotonic(), deadline))
+        self._check_server()
+        since = now if look != known else since
+        if now - since > 10:
+            logger.warning("local_timer: the timer server lives, but has not looked for %.0f s", now - since)
+            since = _NEVER
+        self._unanswered = look, since, now + 0.02
+        return False
+
+    def _check_server(self) -> None:
+        if not self._serving and self._holder(0) is None:
+            raise BrokenPipeError(
+                "no timer server serves this scoreboard, or it has ended: call start() of its LocalTimerServer, or"
+                " start_watchdog() for a watchdog process of your own"
+            )
+
+    # What a server does. It writes nothing but the header.
+
+    def _serve(self) -> float:
+        """Become the server; return since when, on the monotonic clock: a new process counts from its start."""
+        if self._serving or not self._lock(0):
+            raise RuntimeError("another timer server serves this scoreboard already")
+        self._serving = True
+        started, self._start[0] = self._start[0], 0.0
+        return float(started) or time.monotonic()
+
+    def _unserve(self) -> None:
+        self._serving = False
+        if self._is_ours():
+            self._look[0] = 0.0
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, 0)
+
+    def size(self) -> int:
+        return 0
+
+    def get(self, size: int, timeout: float) -> list[TimerRequest]:
+        """Wait for a poke, no longer than `timeout` seconds, and return []."""
+        end = time.monotonic() + timeout
+        poller = select.poll()
+        poller.register(self._reader, select.POLLIN)
+        self._poked = _NEVER, _NEVER
+        if not poller.poll(int(1000 * min(timeout, 1e6))):
+            time.sleep(max(0.0, min(end - time.monotonic(), 0.001)))  # poll() counts in whole milliseconds
+            return []
+        pokes = os.read(self._reader, 65536) if self._is_ours() else b""  # all of them: a pipe holds no more
+        if not pokes:
+            raise _NobodyLeft
+        for sent, by in _POKE.iter_unpack(pokes[: len(pokes) // _POKE.size * _POKE.size]):
+            self._poked = min(self._poked[0], sent), min(self._poked[1], by)
+        return []
+
+    def _running(self) -> list[float]:
+        """Return the deadlines by number of the slot; 0 where a claimer was killed half-way."""
+        # What was never claimed is not read: to read a hole of a memory file is to fill it.
+        rows = bytes(self._table[_USED : _USED + _ROWS]).rfind(b"\1") + 1
+        return list(self._deadlines[: rows * _ROW].tolist())
+
+    def _requests(self, timers: Iterable[Any]) -> Iterator[tuple[Any, TimerRequest | None, float]]:
+        """Ask the kernel whose timers these are: yield each with a request, or None if the process is gone, and its
+        limit. Those that have ended or moved are left out."""
+        pid, last = None, None
+        for number, deadline in timers:
+            if self._deadlines[number] == deadline:
+                row, place = number // _ROW, _NAMES + number * _NAME
+                if row != last:  # F_GETLK says nothing of the locks of its caller
+                    pid, last = os.getpid() if self._rows.get(row) is True else self._holder(1 + _ROWS + row), row
+                    pid = None if pid and pid > 0 and not self._is_attached(pid) else pid
+                record = bytes(self._table[place : place + _NAME])
+                if pid in (0, -1):
+                    logger.error("local_timer: %a is overdue where this pid namespace can't reach it", _text(record))
+                request = TimerRequest(pid, _text(record), deadline) if pid and pid > 0 else None
+                yield (number, deadline), request, struct.unpack_from("d", record)[0]
+
+
+class _Process:
+    """The configuration of this process. A class, since a guarded function that is pickled by value (as Ray and Dask
+    do) takes the values of plain globals along."""
+
+    client: TimerClient | None = None
+    switched_off = False  # by configure(None): then no watchdog starts by itself
+    lock = threading.RLock()  # for starting a server or a watchdog
+    watchdogs: set[int] = set()  # the pids of those that this process has started
+
+
+def _after_fork_in_child() -> None:
+    _Process.lock = threading.RLock()  # another thread of the parent may have held it
+    _Process.watchdogs.clear()
+    for board in [*Scoreboard._attached.values(), *Scoreboard._kept]:
+        board._forget()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)  # hooks that were registered before this import run before
+
+
 # ----------------------------------------------------------------------------------------------------------- client
-
-
 class TimerClient(abc.ABC):
-    """What a worker acquires and releases its timers with."""
+    """What a worker uses: `acquire` starts or moves its timer `scope_id`, which then expires at `expiration_time`;
+    `release` ends it, and ignores an unknown one."""
 
     @abc.abstractmethod
-    def acquire(self, scope_id: str, expiration_time: float) -> None:
-        """Start the timer `scope_id` of this worker, or move it: it expires at `expiration_time`."""
+    def acquire(self, scope_id: str, expiration_time: float) -> None: ...
 
     @abc.abstractmethod
-    def release(self, scope_id: str) -> None:
-        """End the timer `scope_id` of this worker; an unknown one is ignored."""
+    def release(self, scope_id: str) -> None: ...
+
+
+class _Scope(str):
+    """The name of a timer, with what a report says of it."""
+
+    record: bytes
+
+
+def _check_scope(scope: Any) -> None:
+    if not isinstance(scope, str):
+        raise TypeError(f"a scope must be a str, not {scope!r}")
+    if len(scope.encode(errors="surrogatepass")) > 200:
+        raise ValueError(f"a scope has 200 bytes at most, {scope[:60]!r}... is longer")
 
 
 class LocalTimerClient(TimerClient):
-    """Puts the requests of this process into the queue of a `LocalTimerServer` on the same host.
+    """Acquires and releases the timers of this process, on a `Scoreboard` or through any `multiprocessing` queue.
 
-    Over a `RequestPipe`, the lines of a scope are made once and then written again with another deadline: that is the
-    fast path, one system call. All else goes through the queue's `put`: the first use of a scope, a full or broken
-    pipe, another kind of queue.
+    A forked child that uses it is a worker of its own. What a queue can't do is said at `MultiprocessingRequestQueue`.
     """
 
     def __init__(self, mp_queue: Any) -> None:
-        if not hasattr(mp_queue, "put"):
-            raise TypeError(f"a RequestPipe or a multiprocessing queue is needed, not {mp_queue!r}")
         self._mp_queue = mp_queue
-        # By scope, " <pid> <scope>\n" and the whole line of a release. The pid is in them, since asking for it would
-        # cost as much as a third of the write; so a fork empties them.
-        self._tails: dict[str, bytes] = {}
-        self._releases: dict[str, bytes] = {}
-        _fork_aware.add(self)
+        self._board = mp_queue if isinstance(mp_queue, Scoreboard) else None
+        if self._board is None and not hasattr(mp_queue, "put"):
+            raise TypeError(f"a Scoreboard or a multiprocessing queue is needed, not {mp_queue!r}")
+        # Where watchdog_expires goes without a call of acquire, which in a subclass may be another one.
+        self._direct = self._board if type(self) is LocalTimerClient else None
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
-        """Start or move a timer of this process; when this returns, a server that reads a `RequestPipe` will know.
+        """Start or move a timer of this process; when this returns, a server of the `Scoreboard` will see it.
 
         `expiration_time` is in seconds on `time.monotonic()`; a `ValueError` says so where it can't be. Raises
-        `BrokenPipeError` if the server is gone, `TimeoutError` if it has not read for 10 seconds.
+        `BrokenPipeError` if no server serves the scoreboard, `RuntimeError` if that is full.
         """
         if not 0 <= expiration_time < _WALL_CLOCK:
             raise ValueError(
                 f"expiration_time must be a deadline on time.monotonic(), which is at {time.monotonic():.0f} s now, not"
                 f" {expiration_time!r}" + (", a value of time.time()" if _WALL_CLOCK <= expiration_time < 1e10 else "")
             )
+        _check_scope(scope_id)
+        board, deadline = self._board, float(expiration_time) or 5e-324  # 0 is what an unclaimed slot has
+        if board is None:
+            self._mp_queue.put(TimerRequest(os.getpid(), str(scope_id), deadline))
+            return
         try:
-            _write(self._mp_queue._writer, b"\n" + _hexlify(_pack(expiration_time)) + self._tails[scope_id])
-        except (KeyError, AttributeError):
-            self._put(scope_id, expiration_time)
-        except OSError as error:
-            self._put_instead(error, scope_id, expiration_time)
+            while not self._acquire(board, scope_id, deadline):
+                pass  # another thread came in between, or the scoreboard was lost and opened anew
+        except BaseException:
+            self.release(scope_id)
+            raise
+
+    def _acquire(self, board: Scoreboard, scope_id: str, deadline: float) -> bool:
+        slot = board._scopes.get(scope_id)
+        if slot is None:
+            slot = board._take()
+            # The key comes before the deadline: an interrupt in between must leave no deadline without a key to it.
+            if board._scopes.setdefault(scope_id, slot) is not slot:
+                slot.give_back()
+                return False
+        slot.describe(getattr(scope_id, "record", None) or _record(scope_id))
+        stored = _store(board._scopes.get, scope_id, deadline)
+        now = time.monotonic()
+        return stored and (now <= board._look[0] <= deadline or not board._poke(now, deadline))
 
     def release(self, scope_id: str) -> None:
         """End a timer of this process; if the server is gone, there is nothing to end."""
+        if self._board is None:
+            self._mp_queue.put(TimerRequest(os.getpid(), str(scope_id), -1.0))
+            return
+        scopes = self._board._scopes
         try:
-            _write(self._mp_queue._writer, self._releases[scope_id])
-        except (KeyError, AttributeError):
-            self._put(scope_id, -1.0)
-        except OSError as error:
-            self._put_instead(error, scope_id, -1.0)
-
-    def _put_instead(self, error: OSError, scope_id: str, expiration_time: float) -> None:
-        # A signal handler may have raised an OSError of its own (TimeoutError is one); that must go through.
-        if error.errno not in (errno.EAGAIN, errno.EPIPE, errno.EBADF):
-            raise error
-        self._put(scope_id, expiration_time)
-
-    def _put(self, scope_id: str, expiration_time: float) -> None:
-        request = TimerRequest(os.getpid(), scope_id, expiration_time)
-        try:
-            self._mp_queue.put(request)
-        except BrokenPipeError:
-            if expiration_time < 0:
-                return
+            _store(scopes.get, scope_id, _NEVER)  # the deadline goes before the key, for the same reason
+        except BaseException:
+            _store(scopes.get, scope_id, _NEVER)
             raise
-        if isinstance(self._mp_queue, RequestPipe):
-            if len(self._tails) >= 1024:  # scopes that are used once must not pile up
-                self._tails.clear()
-                self._releases.clear()
-            request.expiration_time = -1.0
-            release = _encode(request)
-            self._releases[scope_id] = release
-            self._tails[scope_id] = release[_TAIL:]
+        slot = scopes.pop(scope_id, None)
+        if slot is not None:
+            slot.give_back()
 
-    def _after_fork_in_child(self) -> None:
-        self._tails.clear()
-        self._releases.clear()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._mp_queue,)
+class _Foreign:
+    """A timer with a scope, or of any other client, to be used like a `_Slot`. It is its own cell."""
+
+    _count = itertools.count(1)
+
+    def __init__(self, client: TimerClient, scope: str | None, record: bytes) -> None:
+        self._client, self._scope = client, scope or f"{_text(record)} #{next(self._count)}"
+        self._ended = False
+        self.cell = self
+
+    def __setitem__(self, index: int, deadline: float) -> None:
+        self._ended = self._ended or deadline == _NEVER
+        if deadline < _NEVER:
+            self._client.acquire(self._scope, deadline)
+        if self._ended:  # perhaps by another thread, in the meantime
+            self._client.release(self._scope)
+
+    def start(self, record: bytes, after: float) -> bool:
+        self[0] = time.monotonic() + after
+        return False
+
+    def give_back(self) -> None: ...
 
 
 # ----------------------------------------------------------------------------------------------------------- server
-
-
-_HEARTBEAT = 0.25  # seconds: the longest sleep with a timer pending, or else a stall could not be measured
-
-
 class TimerServer(abc.ABC):
-    """The watchdog loop: it reads requests, keeps the deadlines and reaps the workers that let one pass.
+    """The watchdog loop: it waits for requests, keeps the deadlines and reaps the workers that let one pass.
 
     A subclass says what a timer is and how a worker is reaped. `max_interval` is the longest time in seconds that the
-    loop waits for a request; `daemon` is whether its thread keeps the program alive.
+    loop waits for a request; `daemon` is whether its thread lets the program end.
     """
 
     def __init__(self, request_queue: RequestQueue, max_interval: float, daemon: bool = True) -> None:
         if not 0 < max_interval <= threading.TIMEOUT_MAX:
             raise ValueError(f"max_interval must be a positive number of seconds, not {max_interval!r}")
-        self._request_queue = request_queue
-        self._max_interval = max_interval
-        self._daemon = daemon
+        self._request_queue, self._max_interval, self._daemon = request_queue, max_interval, daemon
         self._watchdog_thread: threading.Thread | None = None
-        self._stop: threading.Event | None = None  # that of the running loop
-        self._stalled = 0.0  # seconds by which the deadlines have to move yet
-        self._turned_at: float | None = None  # when the running loop ended its last turn
-        _fork_aware.add(self)
+        self._loop: tuple[int, threading.Event] | None = None  # of the running loop, the process and what ends it
 
     @abc.abstractmethod
     def register_timers(self, timer_requests: list[TimerRequest]) -> None:
@@ -531,41 +662,28 @@ class TimerServer(abc.ABC):
     def _reap_worker(self, worker_id: Any) -> bool:
         """Reap the worker. `True`: done, its timers are cleared. `False`: not yet, try again."""
 
-    def _wait(self, now: float, size: int) -> float:
-        """Return how many seconds the loop may wait for a request if `size` of them are there already."""
-        return self._max_interval
+    def _begin(self) -> None: ...
 
-    def _postpone(self, seconds: float) -> None:
-        """Move all deadlines: for that long the watchdog, and probably the workers too, did not run."""
+    def _end(self) -> None:
+        self._loop = None
 
-    def _wake(self) -> None:
-        """End the wait of the loop, if there is a way."""
+    def _wake(self) -> None: ...
+
+    def _wake_at(self, now: float, size: int) -> float:
+        """Return when the loop must wake at the latest, `size` requests being in the queue."""
+        return _NEVER
 
     def _run_watchdog(self) -> None:
         """Run one turn of the loop."""
-        start = time.monotonic() if self._turned_at is None else self._turned_at
-        stalled, self._stalled = self._stalled, 0.0
+        start = time.monotonic()
         size = self._request_queue.size()
-        wait = 0.0 if stalled else min(self._wait(start, size), self._max_interval)
-        requests = self._request_queue.get(max(1, size), wait)
+        until = min(self._wake_at(start, size), start + self._max_interval)
+        requests = self._request_queue.get(max(1, size), max(0.0, until - time.monotonic()))
+        # Judge by a moment up to which all is known: behind a request that came, a release may be waiting.
+        known = start if requests else min(until, time.monotonic())
         self.register_timers(requests)
-        if stalled:
-            self._postpone(stalled)
-        # Judge by a moment up to which every request is known: a release may be waiting in the queue. That is the
-        # start or, if it ended as meant and nothing came, the end of the wait.
-        known = start
-        if not requests and 0 <= time.monotonic() - start - wait <= _STALL:
-            known += wait
-        reaped = set()
-        for worker_id in self.get_expired_timers(known):
-            if self._reap_worker_no_throw(worker_id):
-                reaped.add(worker_id)
-        self.clear_timers(reaped)
-        end = time.monotonic()
-        if end - start - wait > _STALL:
-            self._stalled = end - start - wait + _HEARTBEAT  # it may have begun anywhere in the sleep
-        if self._turned_at is not None:
-            self._turned_at = end
+        expired = list(self.get_expired_timers(known))
+        self.clear_timers({worker_id for worker_id in expired if self._reap_worker_no_throw(worker_id)})
 
     def _reap_worker_no_throw(self, worker_id: Any) -> bool:
         try:
@@ -577,51 +695,53 @@ class TimerServer(abc.ABC):
     def _watchdog_loop(self, stop: threading.Event) -> None:
         try:
             while not stop.is_set():
-                self._turned_at = self._turned_at or time.monotonic()
                 try:
                     self._run_watchdog()
-                except _NoWriters:
-                    return  # nobody is left to watch
+                except _NobodyLeft:
+                    return
                 except Exception:
                     logger.exception("local_timer: a turn of the watchdog loop failed; going on in a second")
                     stop.wait(1.0)
-                    self._turned_at = None
         finally:
-            self._turned_at = None
-            if self._stop is stop:
-                self._stop = None
+            self._end()
+
+    def _enter_loop(self) -> threading.Event | None:
+        with _Process.lock:
+            if self._loop is not None and self._loop[0] == os.getpid():  # a forked child has the object, not the loop
+                return None
+            self._begin()
+            self._loop = os.getpid(), threading.Event()
+            return self._loop[1]
 
     def run(self) -> None:
-        """Run the loop in the calling thread until `stop()`, or until nobody can put requests any more."""
-        if self._stop is not None:
+        """Run the loop in the calling thread until `stop()`, or until nobody is left who could acquire a timer.
+
+        Raises `RuntimeError` if this server runs already, or another one serves its scoreboard.
+        """
+        stop = self._enter_loop()
+        if stop is None:
             raise RuntimeError("this timer server is running already")
-        self._stop = threading.Event()
-        self._watchdog_loop(self._stop)
+        self._watchdog_loop(stop)
 
     def start(self) -> None:
-        """Run the loop in a thread; if it runs already, do nothing."""
-        with _start_lock:
-            if self._stop is not None:
-                return
-            self._stop = stop = threading.Event()
-            self._watchdog_thread = threading.Thread(
-                target=self._watchdog_loop, args=(stop,), name="local_timer watchdog", daemon=self._daemon
-            )
+        """Run the loop in a thread; if it runs already, do nothing. Raises `RuntimeError` as `run()` does."""
+        stop = self._enter_loop()
+        if stop is not None:
+            self._watchdog_thread = threading.Thread(target=self._watchdog_loop, args=(stop,), daemon=self._daemon)
             try:
                 self._watchdog_thread.start()
             except BaseException:
-                self._stop = None
+                self._end()
                 raise
 
     def stop(self) -> None:
-        """End the loop and wait for its thread, `max_interval` at most; `start()` continues it."""
-        stop, self._stop = self._stop, None
-        thread, self._watchdog_thread = self._watchdog_thread, None
-        if stop is not None:
-            stop.set()
+        """End the loop and wait for its thread: at once, unless a foreign queue keeps it; `start()` continues it."""
+        loop, thread = self._loop, self._watchdog_thread
+        if loop is not None and loop[0] == os.getpid():
+            loop[1].set()
             self._wake()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(self._max_interval)
+            if thread is not None and thread is not threading.current_thread():
+                thread.join(min(self._max_interval + 1.0, threading.TIMEOUT_MAX))
 
     def __enter__(self) -> Self:
         self.start()
@@ -629,9 +749,6 @@ class TimerServer(abc.ABC):
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
-
-    def _after_fork_in_child(self) -> None:
-        self._stop = self._watchdog_thread = None  # the loop runs in the parent
 
 
 def _check_escalation(signum: int, grace: float) -> None:
@@ -650,8 +767,8 @@ class LocalTimerServer(TimerServer):
     >>> with LocalTimerServer() as server:
     ...     worker = multiprocessing.Process(target=work, args=(server.client(),))
 
-    It owns one pidfd for each live worker that has made a request, where the system has pidfds, and touches no process
-    that has made none.
+    It looks at a `Scoreboard`, by default one of its own, or takes requests from any `multiprocessing` queue. It holds
+    no descriptor for a worker and touches no process that has acquired no timer.
     """
 
     def __init__(
@@ -664,200 +781,171 @@ class LocalTimerServer(TimerServer):
         grace: float = 5.0,
     ) -> None:
         _check_escalation(signum, grace)
-        requests = MultiprocessingRequestQueue(mp_queue)
-        super().__init__(requests, max_interval, daemon)
-        self._mp_queue = requests._mp_queue
-        self._signum = signal.Signals(signum)
-        self._grace = grace
-        # A timer is a tuple: when to act on it, a number that breaks ties, its request, whether it has had its signal.
-        # The heap keeps the tuples of ended timers until they are many or on top.
-        self._timers: dict[tuple[int, str], _Timer] = {}
-        self._heap: list[_Timer] = []
-        self._serial = itertools.count()
-        self._truce = 0.0  # until then nobody is killed
-        self._expired: dict[int, list[_Timer]] = {}  # what get_expired_timers found last
-        self._pidfds: dict[int, int] = {}
-        self._pids: dict[int, int] = {}  # by pidfd
-        self._poller = self._mp_queue._poller if isinstance(self._mp_queue, RequestPipe) else select.poll()
+        self._mp_queue: Any = Scoreboard() if mp_queue is None else mp_queue
+        self._board = self._mp_queue if isinstance(self._mp_queue, Scoreboard) else None
+        super().__init__(self._board or MultiprocessingRequestQueue(mp_queue), max_interval, daemon)
+        self._signum, self._grace = signal.Signals(signum), grace
+        self._since = self._meant = _NEVER  # when its turn began, and by when it had to be awake
+        self._requests: dict[tuple[int, str], TimerRequest] = {}  # of a queue, the running timers
+        # When to act on a timer, and how, if not at its deadline: a grace that runs, a refused kill, a forgiven stall.
+        # A timer is a pair, which one and its deadline: once that has moved, it is another.
+        self._later: dict[Any, tuple[float, signal.Signals]] = {}
 
     def client(self) -> LocalTimerClient:
         """Return a client of this server, for this process and those it forks or spawns."""
         return LocalTimerClient(self._mp_queue)
 
+    def _begin(self) -> None:
+        self._since = self._meant = time.monotonic() if self._board is None else self._board._serve()
+        self._later.clear()
+
+    def _end(self) -> None:
+        super()._end()
+        self._since = self._meant = _NEVER
+        if self._board is not None:
+            self._board._unserve()
+
     def register_timers(self, timer_requests: list[TimerRequest]) -> None:
-        self._drop_dead()  # first, since a new worker may have the pid of a dead one
-        if getattr(self._mp_queue, "_kept_waiting", False):
-            self._mp_queue._kept_waiting = False
-            self._call_truce()
-        timers, pidfds, serial, truce = self._timers, self._pidfds, self._serial, self._truce
         for request in timer_requests:
-            try:
-                worker_id = request.worker_id
-                key = (worker_id, request.scope_id)
-                expiration_time = request.expiration_time
-                if expiration_time < 0:
-                    timers.pop(key, None)
-                elif not expiration_time < _WALL_CLOCK:
-                    raise ValueError("expiration_time is not on time.monotonic()")
-                elif type(worker_id) is not int or worker_id <= 0:
-                    raise ValueError("worker_id is not a pid")  # kill(0) and kill(-1) would hit many
-                elif worker_id in pidfds or self._hold(worker_id):
-                    when = expiration_time if expiration_time > truce else truce
-                    timers[key] = timer = (when, next(serial), request, False)
-                    heapq.heappush(self._heap, timer)
-            except (AttributeError, OverflowError, TypeError, ValueError) as error:
+            try:  # kill(0) and kill(-1) would hit many
+                if type(request.worker_id) is not int or not 0 < request.worker_id < 2**31:
+                    raise ValueError("its worker_id is not a pid")
+                if not request.expiration_time < _WALL_CLOCK:
+                    raise ValueError("its expiration_time is not on time.monotonic()")
+                key = request.worker_id, request.scope_id
+                self._requests.pop(key, None)
+                if request.expiration_time >= 0:
+                    self._requests[key] = request
+            except (AttributeError, TypeError, ValueError) as error:
                 logger.error("local_timer: dropped a request that makes no sense: %r (%s)", request, error)
-        if len(self._heap) > 2 * len(timers) + 1000:
-            self._heap = list(timers.values())
-            heapq.heapify(self._heap)
-
-    def _hold(self, pid: int) -> bool:
-        # A pidfd stays with the process it was opened for, whoever gets the pid next.
-        if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
-            return True
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError as error:
-            # ESRCH: it is dead. EINVAL: a thread. Else out of descriptors, or a kernel without: the pid must do.
-            return error.errno not in (errno.ESRCH, errno.EINVAL)
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if limit != resource.RLIM_INFINITY and 2 * pidfd > limit:
-            os.close(pidfd)  # the other half is for the program that runs this server
-            return True
-        self._pidfds[pid] = pidfd
-        self._pids[pidfd] = pid
-        self._poller.register(pidfd, select.POLLIN)
-        return True
-
-    def _drop_dead(self) -> None:
-        # A pidfd is readable once its process is dead (pidfd_open(2)).
-        dead = {self._pids[fd] for fd, _ in self._poller.poll(0) if fd in self._pids}
-        for pid in dead:
-            self._let_go(pid)
-        self.clear_timers(dead)
-
-    def _let_go(self, pid: int) -> None:
-        pidfd = self._pidfds.pop(pid)
-        del self._pids[pidfd]
-        self._poller.unregister(pidfd)
-        os.close(pidfd)
+        poked = _NEVER if self._board is None else self._board._poked[0]
+        self._forgive(min(self._meant, max(poked, self._since)))
 
     def clear_timers(self, worker_ids: set[Any]) -> None:
         if worker_ids:
-            for key in [key for key in self._timers if key[0] in worker_ids]:
-                del self._timers[key]
-
-    def _is_pending(self, timer: _Timer) -> bool:
-        request = timer[2]
-        return self._timers.get((request.worker_id, request.scope_id)) is timer
+            for timer, request, _ in self._overdue(time.monotonic()):
+                if request.worker_id in worker_ids:
+                    self._later[timer] = _NEVER, signal.SIGKILL
+            self._requests = {key: request for key, request in self._requests.items() if key[0] not in worker_ids}
 
     def get_expired_timers(self, deadline: float) -> dict[Any, list[TimerRequest]]:
-        found = []
-        while self._heap and self._heap[0][0] <= deadline:
-            timer = heapq.heappop(self._heap)
-            if self._is_pending(timer):
-                found.append(timer)
-        self._expired = {}
-        for timer in found:
-            heapq.heappush(self._heap, timer)  # asking changes nothing
-            self._expired.setdefault(timer[2].worker_id, []).append(timer)
-        return {worker_id: [timer[2] for timer in timers] for worker_id, timers in self._expired.items()}
+        expired: dict[Any, list[TimerRequest]] = {}
+        for _, request, _ in self._overdue(deadline):
+            expired.setdefault(request.worker_id, []).append(request)
+        return expired
+
+    def _due(self, now: float) -> tuple[list[Any], float]:
+        """Return the timers whose deadline is not after `now`, and the earliest deadline of the others."""
+        keys: Iterable[Any] = self._requests
+        deadlines = [request.expiration_time for request in self._requests.values()]
+        if self._board is not None:
+            deadlines = self._board._running()
+            keys = itertools.count()
+        earliest = min(deadlines, default=_NEVER)
+        if earliest > now:
+            return [], earliest
+        due = [timer for timer in zip(keys, deadlines) if 0 < timer[1] <= now]
+        return due, min((deadline for deadline in deadlines if deadline > now), default=_NEVER)
+
+    def _act_on(self, timer: Any) -> tuple[float, signal.Signals]:
+        return self._later.get(timer) or (timer[1], self._signum)
+
+    def _overdue(self, now: float) -> list[Any]:
+        """Return the timers to act on now, each with its request and its limit, of processes that live."""
+        due = self._due(now)[0]
+        timers = [timer for timer in due if self._act_on(timer)[0] <= now]
+        if self._board is None:
+            return [(timer, self._requests[timer[0]], 0.0) for timer in timers]
+        passed = set(due)
+        self._later = {timer: act for timer, act in self._later.items() if timer[1] > now or timer in passed}
+        found = list(self._board._requests(timers))
+        self._later.update((timer, (_NEVER, signal.SIGKILL)) for timer, request, _ in found if request is None)
+        return [entry for entry in found if entry[1] is not None]
+
+    def _wake_at(self, now: float, size: int) -> float:
+        self._forgive(self._meant)
+        self._since = now
+        until = self._next_look(now)
+        if self._board is not None:
+            # Look again once that is known: who stored a deadline before could only go by the old one.
+            self._board._look[0] = until if until < _NEVER else -now
+            until = min(until, self._next_look(now))
+        elif size:
+            until = min(until, now + _HEARTBEAT)  # a killed worker may have counted a request that never comes
+        self._meant = min(until, now + self._max_interval)
+        return until
+
+    def _next_look(self, now: float) -> float:
+        due, until = self._due(now)
+        until = min([until, *(self._act_on(timer)[0] for timer in due)])
+        poked = _NEVER if self._board is None else self._board._poked[1]
+        if min(until, poked) < _NEVER:  # after a poke it stays up for a while, or each short call would have to poke
+            until = min(until, now + _HEARTBEAT, max(poked, now))
+        return until
+
+    def _forgive(self, meant: float) -> None:
+        """Move all deadlines by the time in which the server, and probably the workers too, did not run."""
+        self._meant = time.monotonic()
+        stalled = self._meant - meant
+        running = self._due(_WALL_CLOCK)[0] if stalled > _STALL else []
+        if running:
+            logger.warning("local_timer: the watchdog did not run for %.1f s: all deadlines move by that", stalled)
+        for timer in running:
+            when, signum = self._act_on(timer)
+            self._later[timer] = when + stalled + _HEARTBEAT, signum  # it may have begun anywhere in the sleep
 
     def _reap_worker(self, worker_id: int) -> bool:
-        timers = self._expired.pop(worker_id, [])
-        now = time.monotonic()
-        signum = signal.SIGKILL if any(signalled for _, _, _, signalled in timers) else self._signum
-        names = ", ".join(
-            f"{request.scope_id if request.scope_id.isprintable() else ascii(request.scope_id)} is"
-            f" {1000 * (now - request.expiration_time):.1f} ms late"
-            for _, _, request, _ in timers
-        )
+        pidfd = None
         try:
-            # SIGKILL is silent and comes before all else. Another signal may make the worker print, so there our line
-            # comes first, if the worker is there at all.
-            if signum != signal.SIGKILL:
-                self._send_signal(worker_id, 0)
-                logger.warning("local_timer: %s for pid %d: %s", signum.name, worker_id, names)
-            self._send_signal(worker_id, signum)
+            pidfd = os.pidfd_open(worker_id)
         except ProcessLookupError:
             return True
-        except OSError as error:
-            logger.error(
-                "local_timer: %s for pid %d failed (%s), next try in a second: %s", signum.name, worker_id, error, names
-            )
-            self._act_later(timers, now + 1.0)
-            return False
-        if signum == signal.SIGKILL:
-            logger.warning("local_timer: %s for pid %d: %s", signum.name, worker_id, names)
+        except (AttributeError, OSError):  # macOS, an old kernel, no descriptor left: the pid must do
+            pass
+        try:
+            # In this order no stranger can be hit: the process is held already, now ask once more whose the timers are.
+            found = [entry for entry in self._overdue(time.monotonic()) if entry[1].worker_id == worker_id]
+            return bool(found) and self._signal(worker_id, pidfd, found)
+        except ProcessLookupError:
             return True
-        self._act_later(timers, now + self._grace, signalled=True)
-        return False
+        finally:
+            if pidfd is not None:
+                os.close(pidfd)
 
-    def _send_signal(self, pid: int, signum: int) -> None:
-        if sys.platform == "linux" and pid in self._pidfds:
-            signal.pidfd_send_signal(self._pidfds[pid], signum)
-        else:
-            os.kill(pid, signum)
-
-    def _act_later(self, timers: Iterable[_Timer], when: float, signalled: bool = False) -> None:
-        for timer in timers:
-            request = timer[2]
-            later = (when, next(self._serial), request, signalled or timer[3])
-            self._timers[request.worker_id, request.scope_id] = later
-            heapq.heappush(self._heap, later)
-
-    def _wait(self, now: float, size: int) -> float:
-        while self._heap and not self._is_pending(self._heap[0]):
-            heapq.heappop(self._heap)
-        if not self._heap:
-            # A worker that was killed took counted requests of a multiprocessing.Queue along: don't wait for them.
-            return _HEARTBEAT if size else self._max_interval
-        return max(0.0, min(self._heap[0][0] - now, _HEARTBEAT))
-
-    def _call_truce(self) -> None:
-        # For a second after a stall: a worker may have been kept from putting its request, or from putting it in time.
-        self._truce = time.monotonic() + _STALL
-        self._act_later([timer for timer in self._timers.values() if timer[0] < self._truce], self._truce)
-
-    def _postpone(self, seconds: float) -> None:
-        if self._timers:
-            logger.warning("local_timer: the watchdog did not run for %.1f s: all deadlines move by that", seconds)
-        for timer in list(self._timers.values()):
-            self._act_later([timer], timer[0] + seconds)
-        self._call_truce()
+    def _signal(self, pid: int, pidfd: int | None, found: list[Any]) -> bool:
+        send = functools.partial(os.kill, pid) if pidfd is None else functools.partial(signal.pidfd_send_signal, pidfd)
+        now, reports = time.monotonic(), []
+        for (_, deadline), request, limit in found:
+            name = request.scope_id if request.scope_id.isprintable() else ascii(request.scope_id)
+            late = now - deadline
+            after = f"after {limit + late:.2f} s" if limit else f"{1000 * late:.1f} ms after its deadline"
+            reports.append(f"{name} is still running {after}")
+        kill = any(self._act_on(timer)[1] == signal.SIGKILL for timer, _, _ in found)
+        signum = signal.SIGKILL if kill else self._signum
+        try:
+            # SIGKILL comes before all else. Another signal may make the worker print, so there our line comes first, if
+            # the worker may be signalled at all.
+            send(signum if kill else 0)
+            logger.warning("local_timer: %s for pid %d: %s", signum.name, pid, ", ".join(reports))
+            if not kill:
+                send(signum)
+        except PermissionError as error:
+            logger.error("local_timer: %s for pid %d failed, next try in a second: %s", signum.name, pid, error)
+            self._later.update((timer, (now + 1.0, signum)) for timer, _, _ in found)
+            return False
+        then = _NEVER if kill else now + self._grace
+        self._later.update((timer, (then, signal.SIGKILL)) for timer, _, _ in found)
+        return kill
 
     def _wake(self) -> None:
-        # A release of no timer ends the wait. If the queue is full there is no wait; if it is closed, no server.
-        with contextlib.suppress(queue.Full, OSError, ValueError):
-            self._mp_queue.put(TimerRequest(os.getpid(), "", -1.0), False)
-
-    def _after_fork_in_child(self) -> None:
-        super()._after_fork_in_child()
-        for pid in list(self._pidfds):
-            self._let_go(pid)
-        self._timers.clear()
-        self._heap.clear()
-
-    def __del__(self) -> None:
-        for pid in list(getattr(self, "_pidfds", ())):
-            self._let_go(pid)
+        with contextlib.suppress(Exception):  # if the queue is full there is no wait; if it is closed, no server
+            if self._board is not None:
+                self._board._poke(time.monotonic(), 0.0)
+            else:
+                self._mp_queue.put(TimerRequest(os.getpid(), "", -1.0), False)
 
 
 # -------------------------------------------------------------------------------------------------------- decorator
-
-
-class _Process:
-    """The configuration of this process. A class, since a guarded function that is pickled by value (as Ray and Dask
-    do) takes the values of plain globals along."""
-
-    client: TimerClient | None = None
-    switched_off = False  # by configure(None): then no watchdog starts by itself
-    watchdogs: set[int] = set()  # the pids of those that this process has started
-
-
-_timer_number = itertools.count(1)
-
-
 def configure(timer_client: TimerClient | None) -> None:
     """Set the client of this process and those it forks; `None` clears it, and no watchdog starts by itself then."""
     if not isinstance(timer_client, (TimerClient, type(None))):
@@ -866,22 +954,46 @@ def configure(timer_client: TimerClient | None) -> None:
     _Process.client = timer_client
 
 
-def _configured_client() -> TimerClient:
-    if _Process.client is not None:
-        return _Process.client
-    if _Process.switched_off:
-        raise RuntimeError("configure(None) has switched the timer off: call configure(client) or start_watchdog()")
-    return start_watchdog()
+def _to_seconds(after: Any) -> float:
+    if not hasattr(type(after), "__float__") and not hasattr(type(after), "__index__"):
+        raise TypeError(
+            f"after must be a number of seconds or None, not {after!r}: write `@watchdog_expires(after=30)` or"
+            " `with watchdog_expires(after=30):`"
+        )
+    with contextlib.suppress(OverflowError):
+        if 0 < float(after) < _WALL_CLOCK:
+            return float(after)
+    raise ValueError(f"after must be a positive number of seconds below {_WALL_CLOCK:g}, or None, not {after!r:.40}")
 
 
-class _ScopeIds(list[str]):
-    """The names of a guarded function's timers that no call uses now: a client is fastest on one that it knows.
+def _qualified(module: str, function: str, file: str) -> str:
+    if module in ("__main__", "__mp_main__"):
+        module = file.partition(".")[0]
+    return module if function == "<module>" else f"{module}.{function}"
 
-    A copy of the function that came by pickle starts without any, or two copies would share a timer.
+
+def _drop(slot: Any, ref: object) -> None:
+    slot.cell[0] = _NEVER
+    slot.give_back()
+
+
+_CO_GENERATOR, _CO_COROUTINE, _CO_ASYNC_GENERATOR = 0x20, 0x80, 0x200  # as in inspect, which takes long to import
+
+
+class _Exit:
+    """The `__exit__` of a timer, which each `with` statement looks up for itself: it alone holds what it gets.
+
+    So that dies when the block is over, however that came about. If it has not been called until then, since an
+    interrupt struck in `__enter__` or at the entry of the call (CPython gh-74174), its death ends the timer.
     """
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ScopeIds, ()
+    def __get__(self, timer: Any, owner: Any) -> Any:
+        if timer is None:
+            return owner._leave  # for contextlib.ExitStack, which looks it up on the class
+        leave = timer._leave
+        if timer._held is None:
+            timer._guard = weakref.ref(leave, timer._leave)
+        return leave
 
 
 class watchdog_expires:
@@ -905,136 +1017,172 @@ class watchdog_expires:
     `BrokenPipeError` if the server is gone and `RuntimeError` after `configure(None)`.
     """
 
-    _scope_id: str | None = None
-    _running_on: TimerClient | None = None
-    _ending = False
+    # By code and place in it, what __init__ found out: seconds, scope, record, text of the place; and the code itself,
+    # whose id is the key; and `after` as it was given.
+    _sites: dict[int, dict[int, Any]] = {}
+    _frame = staticmethod(sys._getframe)
+    _held: Any = None  # the slot of the running timer
+    client: TimerClient | None = None
+    _guard: Any = None
 
     def __init__(self, after: float | None, scope: str | None = None, client: TimerClient | None = None) -> None:
-        if after is not None:
-            after = _to_seconds(after)
-        if not isinstance(client, (TimerClient, type(None))):
-            raise TypeError(f"client must be a TimerClient or None, not {client!r}")
-        if not isinstance(scope, (str, type(None))):
-            raise TypeError(f"scope must be a str or None, not {scope!r}")
+        if client is not None:
+            if not isinstance(client, TimerClient):
+                raise TypeError(f"client must be a TimerClient or None, not {client!r}")
+            self.client = client
+        self._entry = [None]  # who pops that may enter
+        frame = self._frame(1)
+        code, place = frame.f_code, frame.f_lasti
+        try:
+            self._site = site = self._sites[id(code)][place]
+            if (site[5] is after or site[5] == after) and site[1] == scope:
+                return
+        except KeyError:
+            if len(self._sites) >= 1000:
+                self._sites.clear()
+        seconds = None if after is None else _to_seconds(after)
+        file = code.co_filename.rpartition("/")[2]
+        where = f" ({file[-60:]}:{frame.f_lineno}, limit {seconds or 0:g} s)"
+        name = scope
+        if name is None:
+            name = _qualified(frame.f_globals.get("__name__", "?"), getattr(code, "co_qualname", code.co_name), file)
+        record = _record(name, where, seconds or 0.0)
         if scope is not None:
-            _encode(TimerRequest(2**31 - 1, scope, 0.0))
-        frame = sys._getframe(1)
-        self._after = after
-        self._scope = scope
-        self._client = client
-        self._module: str = frame.f_globals.get("__name__", "?")
-        self._function: str = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
-        self._file = frame.f_code.co_filename
-        self._line = frame.f_lineno
-
-    def _new_scope_id(self) -> str:
-        """Return the given scope, or a name that no other timer has and that a reader of a report finds."""
-        if self._scope is not None:
-            return self._scope
-        file = self._file.rpartition("/")[2]
-        module = file.partition(".")[0] if self._module in ("__main__", "__mp_main__") else self._module
-        name = module if self._function == "<module>" else f"{module}.{self._function}"
-        if len(ascii(name + file)) > 300:
-            name, file = (text.encode("ascii", "replace").decode()[:150] for text in (name, file))
-        return f"{name} ({file}:{self._line}, limit {self._after:g} s) #{next(_timer_number)}"
+            _check_scope(scope)
+            scope = _Scope(scope)
+            scope.record = record
+        self._site = seconds, scope, record, where, code, after
+        self._sites.setdefault(id(code), {})[place] = self._site
 
     def __enter__(self) -> Self:
-        if self._running_on is not None:
-            raise RuntimeError(
-                "this timer is running already: make one for each block that is entered at the same time"
-            )
-        if self._after is None:
+        site = self._site
+        after, scope, record = site[0], site[1], site[2]
+        if after is None:
             return self
-        if self._scope_id is None:
-            self._scope_id = self._new_scope_id()
-        self._ending = False
-        self._running_on = client = _configured_client() if self._client is None else self._client
+        client = self.client
+        if client is None:
+            client = _Process.client
+        if client is None:
+            if _Process.switched_off:
+                raise RuntimeError("configure(None) has switched it off: call configure(client) or start_watchdog()")
+            client = start_watchdog()
+        board = client._direct if scope is None and isinstance(client, LocalTimerClient) else None
         try:
-            client.acquire(self._scope_id, time.monotonic() + self._after)
+            self._entry.pop()
+        except IndexError:
+            self._guard = None  # or the death of this `__exit__` would end the timer
+            raise RuntimeError(
+                "this timer is running: make one for each block that is entered at the same time"
+            ) from None
+        try:
+            while True:
+                slot: Any = board._take() if board is not None else _Foreign(client, scope, record)
+                self._held = slot  # the key comes before the deadline, see LocalTimerClient
+                if self._guard is None:  # no `with` statement: contextlib.ExitStack
+                    self._guard = weakref.ref(self, functools.partial(_drop, slot))
+                if not slot.start(record, after):
+                    return self
         except BaseException:
-            self.__exit__()
+            self._leave()
             raise
-        return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        client = self._running_on
-        if client is not None and self._scope_id is not None:
-            self._ending = True
+    def _leave(self, *exc_info: object) -> None:
+        slot = self._held
+        if slot is not None:
             try:
-                client.release(self._scope_id)
-            except BaseException:
-                client.release(self._scope_id)  # interrupted, perhaps before it was out
+                slot.cell[0] = _NEVER
+            except BaseException:  # an interrupt, or a client of the user's own
+                self._held = None
+                self._entry.append(None)
+                slot.cell[0] = _NEVER
                 raise
-            finally:
-                self._running_on = None
+            self._held = None  # an interrupt may bring us here again, but the slot is given back once
+            slot.give_back()
+        if not self._entry:
+            self._entry.append(None)
+        self._guard = None
 
-    def __del__(self) -> None:
-        # An interrupt can strike between the `with` and the methods that it calls (CPython gh-74174).
-        self.__exit__()
+    if TYPE_CHECKING:
+
+        def __exit__(self, *exc_info: object) -> None: ...
+
+    else:
+        __exit__ = _Exit()
 
     def reset(self) -> None:
         """Start the `after` seconds of the running timer again: a heartbeat."""
-        if self._after is None:
+        slot, after = self._held, self._site[0]
+        if after is None:
             return
-        client, scope_id = self._running_on, self._scope_id
-        if client is None or scope_id is None:
+        if slot is None:
             raise RuntimeError("reset() is for a running timer: call it inside the block")
-        client.acquire(scope_id, time.monotonic() + self._after)
-        if self._ending:
-            client.release(scope_id)  # the block has ended in another thread in the meantime
+        now = time.monotonic()
+        # Where the slot is none any more, this is a forked child, which has no timer yet, or the scoreboard was lost.
+        lost = slot.cell is _NOWHERE
+        if not lost and _store(self.__dict__.get, "_held", now + after) and isinstance(slot, _Slot):
+            lost = not now <= slot.look[0] <= now + after and slot.board._poke(now, now + after)
+        if lost:
+            self._leave()
+            self.__enter__()
+
+    def _copy(self, record: bytes | None = None) -> watchdog_expires:
+        timer = watchdog_expires.__new__(watchdog_expires)
+        timer.client, timer._entry = self.client, [None]
+        timer._site = (*self._site[:2], record or self._site[2], None, None, None)  # it may have to be pickled
+        return timer
 
     def __call__(self, func: Callable[P, R]) -> Callable[P, R]:
-        import inspect  # here, since the watchdog process decorates nothing and would have to carry it
-
         if not callable(func) or isinstance(func, (type, staticmethod, classmethod)):
             raise TypeError(f"watchdog_expires guards a function or a method, put right above its def; not {func!r}")
-        if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+        inner: Any = func
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        flags = getattr(getattr(inner, "__code__", None), "co_flags", 0)
+        if flags & (_CO_GENERATOR | _CO_ASYNC_GENERATOR):
             raise TypeError(
                 f"a generator runs after its call has returned, so {func!r} can't be guarded from outside: put"
                 " `with watchdog_expires(...):` inside"
             )
-        after = self._after
+        after, scope, record, where, code, _ = self._site
         if after is None:
             return func
-        timer = copy.copy(self)
-        timer._scope_id = timer._running_on = None
-        timer._module = getattr(func, "__module__", None) or self._module
-        timer._function = getattr(func, "__qualname__", None) or type(func).__qualname__
+        if scope is None:
+            function = getattr(func, "__qualname__", None) or type(func).__qualname__
+            module = getattr(func, "__module__", None) or "?"
+            record = _record(_qualified(module, function, code.co_filename.rpartition("/")[2]), where, after)
+        timer = self._copy(record)
 
-        if inspect.iscoroutinefunction(func):
+        if flags & _CO_COROUTINE:
 
             @functools.wraps(func)
             async def guarded_coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:
-                with copy.copy(timer):
-                    return await func(*args, **kwargs)
+                with timer._copy():
+                    return await func(*args, **kwargs)  # type: ignore[misc]
 
             return guarded_coroutine  # type: ignore[return-value]
 
-        own_client = self._client
-        idle = _ScopeIds()
-        take, give_back = idle.pop, idle.append
-        process, monotonic = _Process, time.monotonic
+        never = _NEVER
+        source: Any = None if scope is not None else _Process if self.client is None else timer
 
         @functools.wraps(func)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-            client = process.client if own_client is None else own_client
-            if client is None:
-                client = _configured_client()
             try:
-                scope_id = take()
-            except IndexError:
-                scope_id = timer._new_scope_id()
-            # An interrupt may come at any instruction. A release too many is ignored, one too few would kill.
-            try:
-                client.acquire(scope_id, monotonic() + after)
+                board = source.client._direct
+            except AttributeError:
+                board = None
+            if board is not None:
+                slot = board._take()
+                try:  # twice, since an interrupt may strike also between the end of a `try` and its `finally`
+                    try:
+                        if not slot.start(record, after):
+                            return func(*args, **kwargs)
+                    finally:
+                        slot.cell[0] = never
+                finally:
+                    slot.cell[0] = never
+                    slot.free.append(slot)
+            with timer._copy():  # the long way: the first call, a scope, another kind of client
                 return func(*args, **kwargs)
-            finally:
-                try:
-                    client.release(scope_id)
-                except BaseException:
-                    client.release(scope_id)
-                    raise
-                give_back(scope_id)
 
         return guarded
 
@@ -1042,250 +1190,211 @@ class watchdog_expires:
 expires = watchdog_expires
 
 
-def _to_seconds(after: Any) -> float:
-    if not hasattr(type(after), "__float__") and not hasattr(type(after), "__index__"):
-        raise TypeError(
-            f"after must be a number of seconds or None, not {after!r}: write `@watchdog_expires(after=30)` or"
-            " `with watchdog_expires(after=30):`"
-        )
-    try:
-        seconds = float(after)
-    except OverflowError:
-        seconds = math.inf
-    if not 0 < seconds < _WALL_CLOCK:
-        raise ValueError(
-            f"after must be a positive number of seconds below {_WALL_CLOCK:g}, or None, not {after!r:.40}"
-        )
-    return seconds
-
-
 # ------------------------------------------------------------------------------------------------- watchdog process
-
-
-_start_lock = threading.RLock()
 _THIS_FILE = os.path.abspath(globals().get("__file__", ""))  # now, before the program changes its directory
+_WAY_OUT = "run a LocalTimerServer in the program that starts this process and configure() its client here"
 # Signals that are meant for the program, but are often sent to its whole process group.
 _SHIELDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+# What the interpreter runs: this file, bit by bit, since to compile it in one go would cost 2 MB for good.
+_MAIN = """from __future__ import annotations
+import sys
+del sys.argv[0]
+__file__ = sys.argv[0]
+with open(__file__) as file:
+    for part in file.read().split("\\n\\n\\n"):
+        exec(part)
+"""
 
 
-def start_watchdog(*, signum: int = signal.SIGABRT, grace: float = 5.0) -> LocalTimerClient:
+def start_watchdog(*args: object, signum: int = signal.SIGABRT, grace: float = 5.0) -> LocalTimerClient:
     """Start the watchdog process of this process and those it forks, configure its client and return that.
 
     An expired call gets `signum`, then SIGKILL after `grace` seconds. The default makes a hung program print the stack
     of every thread (`faulthandler` is enabled for it); one with a handler that raises, like SIGINT's, is a soft limit.
-    If a watchdog process serves this process already, its client is returned; if its arguments were others, a
-    `RuntimeError` says so. A `RuntimeError` is raised also where no interpreter can be started on this file.
+    If such a watchdog serves this process already, that is its client; one with other arguments ends when the timers
+    that it guards have ended. Raises `RuntimeError` where no interpreter can be started on this file.
     """
+    if args:
+        raise TypeError(f"start_watchdog() takes keywords only: write signum={args[0]!r}")
     _check_escalation(signum, grace)
-    with _start_lock:
+    with _Process.lock:
         client = _Process.client
-        if not isinstance(client, _WatchdogClient):
-            client = _WatchdogClient(signum, grace)
-            configure(client)
-        elif (client._signum, client._grace) != (signum, grace):
-            raise RuntimeError(
-                f"a watchdog process with signum={signal.Signals(client._signum).name} and grace={client._grace!r}"
-                " serves this process already: start yours before the first guarded call, or call configure(None)"
-            )
-        return client
+        if isinstance(client, LocalTimerClient) and getattr(client._board, "_settings", ()) == (signum, grace):
+            return client
+        board = _WatchedScoreboard(signum, grace)
+        board._poke(time.monotonic(), _NEVER)
+        board._enter_process()
+        client = LocalTimerClient(board)
+        configure(client)
+    if os.getpid() == 1:
+        logger.warning(
+            "local_timer: this is PID 1 of a container, which no signal from inside can kill, so the watchdog can't"
+            " either, though it prints the stack: run the container with an init process (docker run --init)"
+        )
+    return client
 
 
-def _reap_watchdogs() -> dict[int, int]:
-    """Reap those that have ended; return their exit codes by pid, as far as nobody else has reaped them."""
-    codes = {}
-    for pid in list(_Process.watchdogs):
-        with contextlib.suppress(ChildProcessError):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if not ended:
-                continue
-            codes[pid] = os.waitstatus_to_exitcode(status)
-        _Process.watchdogs.discard(pid)
-    return codes
+def _print_stacks_on_abort() -> None:
+    if callable(signal.getsignal(signal.SIGABRT)) or sys.__stderr__ is None:
+        return  # a handler of the program's own makes it a soft limit
+    # is_enabled() is not enough: signal.signal(SIGABRT, ...) takes the handler away and doesn't tell (see proc(5)).
+    enabled = faulthandler.is_enabled()
+    try:
+        with open("/proc/self/status") as status:
+            caught = next((int(line.split()[1], 16) for line in status if line.startswith("SigCgt:")), -1)
+            enabled = enabled and bool(caught >> (signal.SIGABRT - 1) & 1)
+    except OSError as error:
+        if error.errno is None:
+            raise  # it comes from a signal handler: TimeoutError is an OSError
+    if not enabled and not sys.__stderr__.closed:
+        faulthandler.disable()
+        faulthandler.enable(sys.__stderr__)
 
 
-class _WatchdogClient(LocalTimerClient):
-    """The client of a watchdog process, which it starts, and starts again if that has died."""
+class _WatchedScoreboard(Scoreboard):
+    """A scoreboard whose server is a watchdog process. Any worker that finds none starts one."""
 
-    def __init__(self, signum: int, grace: float, pipe: RequestPipe | None = None) -> None:
-        self._signum = signum
-        self._grace = grace
-        self._child = 0
-        super().__init__(pipe or self._launch())
-        if signum == signal.SIGABRT and not faulthandler.is_enabled() and sys.__stderr__ is not None:
-            with contextlib.suppress(OSError, ValueError):  # a closed stderr: no stack then
-                faulthandler.enable(sys.__stderr__)
-        if os.getpid() == 1:
-            logger.warning(
-                "local_timer: this is PID 1 of a container, which no signal from inside can kill, so the watchdog can't"
-                " either, though it prints the stack: run the container with an init process (docker run --init)"
-            )
+    _failed = False
 
-    def _launch(self) -> RequestPipe:
+    def __init__(self, signum: int, grace: float) -> None:
+        self._settings = signum, grace
+        super().__init__()
+
+    def _enter_process(self) -> None:
+        super()._enter_process()
+        if self._settings[0] == signal.SIGABRT:
+            _print_stacks_on_abort()
+
+    def _reopen(self) -> None:
+        self._lost = self._table, getattr(self, "_lost", None)  # see __del__
+        Scoreboard.__init__(self)
+
+    def _check_server(self) -> None:
+        with _Process.lock:
+            started, pid = self._start  # first, since a new server takes the lock before it clears that
+            mine = set(_Process.watchdogs)
+            for child in mine:
+                with contextlib.suppress(ChildProcessError):
+                    ended, status = os.waitpid(child, os.WNOHANG)
+                    if not ended:
+                        continue
+                    if child == pid and started:  # it has never served
+                        self._failed = self._failed or os.waitstatus_to_exitcode(status) >= 0
+                _Process.watchdogs.discard(child)
+            if self._holder(0) is not None:
+                return
+            if self._failed:
+                raise RuntimeError(f"the watchdog process ends when it has just been started: {_WAY_OUT}")
+            if pid in _Process.watchdogs or (pid not in mine and time.monotonic() - started < 1.0):
+                return  # one is about to serve
+            self._launch()
+
+    def _launch(self) -> None:
         works = os.access(sys.executable or "", os.X_OK) and not getattr(sys, "frozen", False)
-        if not works or not os.path.isfile(_THIS_FILE):
-            raise RuntimeError(
-                f"no interpreter ({sys.executable!r}) can be started on this file ({_THIS_FILE!r}): run a"
-                " LocalTimerServer in the program that starts this process and configure() its client here"
-            )
-        _reap_watchdogs()
-        pipe = RequestPipe()
-        arguments = [str(pipe._reader), str(int(self._signum)), repr(float(self._grace))]
+        if sys.is_finalizing() or not works or not os.path.isfile(_THIS_FILE):
+            raise RuntimeError(f"no interpreter ({sys.executable!r}) can be started on {_THIS_FILE!r} now: {_WAY_OUT}")
+        if self._look[0]:
+            logger.warning("local_timer: the watchdog process is lost; starting another")
+        numbers = map(str, [self._reader, self._file, int(self._settings[0]), float(self._settings[1])])
         # The child inherits the mask, so that nothing can strike before it ignores these signals.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._start[0] = time.monotonic()
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
-            self._child = util.spawnv_passfds(
-                os.fsencode(sys.executable),
-                [sys.executable, "-I", "-S", _THIS_FILE, "--watchdog", *arguments],
-                [pipe._reader],
-            )
+            with _standard_descriptors_taken():
+                command = [sys.executable, "-IS", "-OO", "-c", _MAIN, _THIS_FILE, "--watchdog", *numbers]
+                pid = util.spawnv_passfds(os.fsencode(sys.executable), command, [self._reader, self._file])
+                _Process.watchdogs.add(pid)
+                self._start[1] = pid
+        except BaseException:
+            self._start[0] = 0.0
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        _Process.watchdogs.add(self._child)
-        pipe._close_reader()
-        return pipe
-
-    def _put(self, scope_id: str, expiration_time: float) -> None:
-        pipe = self._mp_queue
-        try:
-            super()._put(scope_id, expiration_time)
-        except BrokenPipeError as error:
-            with _start_lock:
-                if self._mp_queue is pipe:  # else another thread was faster
-                    code = _reap_watchdogs().get(self._child)
-                    reason = error.strerror if code is None else f"exit code {code}"
-                    logger.warning("local_timer: the watchdog process is lost (%s); starting another", reason)
-                    self._mp_queue = self._launch()
-                    self._lost = pipe  # a thread may be about to write to its descriptor, so that must stay taken
-            super()._put(scope_id, expiration_time)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._signum, self._grace, self._mp_queue)
 
 
-class _StderrHandler(logging.Handler):
-    """Writes to stderr, but never waits for who reads it: the kill comes first."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        stderr = select.poll()
-        stderr.register(2, select.POLLOUT)
-        with contextlib.suppress(OSError):
-            if stderr.poll(0):
-                line = self.format(record).encode(errors="backslashreplace")
-                os.write(2, line[: select.PIPE_BUF - 1] + b"\n")  # for which there is room then
-
-
-def _watchdog_main(reader: int, signum: int, grace: float) -> None:
+def _watchdog_main(reader: str, file: str, signum: str, grace: str) -> None:
     for shielded in _SHIELDED:
         signal.signal(shielded, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHIELDED)
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)  # who waits for the end of the program's output must not wait for us
-    if null > 2:
-        os.close(null)
-    logging.basicConfig(format="%(message)s", handlers=[_StderrHandler()])
-    pipe = RequestPipe.__new__(RequestPipe)
-    pipe._attach(reader, -1)
-    LocalTimerServer(pipe, threading.TIMEOUT_MAX, signum=signum, grace=grace).run()
+    # Who waits for the end of the program's output must not wait for us. There may be no /dev/null to put there.
+    for standard in (0, 1) if _identity(2) else (0, 1, 2):
+        os.dup2(int(reader), standard)
+    board = Scoreboard.__new__(Scoreboard)
+    board._attach(int(reader), -1, int(file))
+    with contextlib.suppress(RuntimeError):  # another one was faster
+        LocalTimerServer(board, threading.TIMEOUT_MAX, signum=int(signum), grace=float(grace)).run()
 
 
 # ------------------------------------------------------------------------------------------------------------- demo
-
-
-_DEMO_LIMIT = 1.0  # seconds
-
-
-def _demo_heartbeats() -> None:
-    with watchdog_expires(after=_DEMO_LIMIT / 2) as timer:
-        for _ in range(4):
-            time.sleep(_DEMO_LIMIT / 5)
-            timer.reset()
-
-
-def _demo_python_loop() -> None:
-    while True:
-        pass
-
-
-def _demo_lock() -> None:
-    lock = threading.Lock()
-    with lock, lock:
-        pass
-
-
-async def _demo_task() -> None:
-    _demo_python_loop()
-
-
-def _demo_gil() -> None:
-    collections.deque(itertools.repeat(0), maxlen=0)
-
-
-# What a worker does under the limit, and the exit code that it should have.
-_DEMO: dict[str, tuple[Callable[[], Any], int]] = {
-    "returns just in time": (lambda: time.sleep(0.9 * _DEMO_LIMIT), 0),
-    "sends heartbeats": (_demo_heartbeats, 0),
-    "is asleep": (lambda: time.sleep(60), -signal.SIGABRT),
-    "is in a Python loop": (_demo_python_loop, -signal.SIGABRT),
-    "takes a lock twice": (_demo_lock, -signal.SIGABRT),
-    "is in a task that never yields": (_demo_task, -signal.SIGABRT),
-    "is in C code that holds the GIL": (_demo_gil, -signal.SIGABRT),
-}
-
-
-def _demo_worker(name: str, report: Any) -> None:
+def _demo_case(case: str) -> None:
     import asyncio
 
-    os.dup2(report.fileno(), 2)  # for the line of the watchdog and the stack
-    report.close()
-    work = watchdog_expires(after=_DEMO_LIMIT)(_DEMO[name][0])
+    @watchdog_expires(after=1)
+    def work() -> None:
+        while case == "in a Python loop":
+            pass
+        if case == "with heartbeats":
+            with watchdog_expires(after=0.6) as timer:
+                for _ in range(4):
+                    time.sleep(0.2)
+                    timer.reset()
+        elif case == "in a lock":
+            lock = threading.Lock()
+            with lock, lock:
+                pass
+        elif case == "in async code":
+            asyncio.run(asyncio.sleep(60))
+        elif case == "in C code that holds the GIL":
+            sum(itertools.repeat(0))
+        else:
+            time.sleep(60 if case == "asleep" else 0.7)
+
     start_watchdog()
-    os.write(2, b"%.6f\n" % (time.monotonic() + _DEMO_LIMIT))
-    result = work()
-    if asyncio.iscoroutine(result):
-        asyncio.run(result)
+    print(time.monotonic() + 1, flush=True)
+    work()
+
+
+_DEMO: dict[str, int] = dict.fromkeys(["just in time", "with heartbeats"], 0)  # by case, the exit status that is due
+_DEMO.update(dict.fromkeys(["asleep", "in a Python loop", "in a lock", "in async code"], -signal.SIGABRT))
+_DEMO["in C code that holds the GIL"] = -signal.SIGABRT
+
+
+def _demo_result(case: str) -> tuple[str, int, float, str]:
+    import subprocess
+
+    command = [sys.executable, _THIS_FILE, case]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = float(process.stdout.readline() or 0)  # type: ignore[union-attr]
+        give_up = threading.Timer(8, process.kill)
+        give_up.start()
+        status, late = process.wait(), time.monotonic() - deadline
+        give_up.cancel()
+        return case, status, late, process.stderr.read()  # type: ignore[union-attr]
 
 
 def _demo() -> int:
     """Show on real processes what a guarded one becomes; return 0 exactly if each ended as it should."""
-    import multiprocessing.connection
+    from concurrent.futures import ThreadPoolExecutor
 
-    spawn = multiprocessing.get_context("spawn")
-    workers, reports = {}, {}
-    ended: dict[str, float] = {}
-    for name in _DEMO:
-        reports[name], report = spawn.Pipe(duplex=False)
-        workers[name] = spawn.Process(target=_demo_worker, args=(name, report), daemon=True)
-        workers[name].start()
-        report.close()
-    print(f"{len(_DEMO)} workers, each under a limit of {_DEMO_LIMIT:g} s:\n")
-    give_up = time.monotonic() + 8 * _DEMO_LIMIT
-    while len(ended) < len(workers) and time.monotonic() < give_up:
-        multiprocessing.connection.wait([workers[name].sentinel for name in workers if name not in ended], 1.0)
-        for name in workers:
-            if not workers[name].is_alive():
-                ended.setdefault(name, time.monotonic())
-    failures, output = 0, ""
-    for name, worker in workers.items():
-        worker.kill()  # if it has not ended by itself
-        worker.join()
-        exit_code = worker.exitcode or 0
-        with open(reports[name].fileno(), closefd=False) as report_file:
-            deadline, _, output = report_file.read().partition("\n")
-        as_expected = name in ended and exit_code == _DEMO[name][1]
-        failures += not as_expected
-        became, late = f"exited with {exit_code}", ""
-        if exit_code < 0:
-            became = f"died of {signal.Signals(-exit_code).name}"
-            late = f"{1000 * (ended.get(name, math.inf) - float(deadline or 0)):.1f} ms after its deadline"
-        print(f"{'ok  ' if as_expected else 'FAIL'}  {name:33} {became:16}  {late}")
-    print(f"\nThe last one left this on stderr:\n\n{output}")
+    print("Workers, each under a limit of 1 s:\n")
+    failures = 0
+    with ThreadPoolExecutor(len(_DEMO)) as pool:
+        results = list(pool.map(_demo_result, _DEMO))
+        for case, status, late, _ in results:
+            end = f"died of {signal.Signals(-status).name}, {1000 * late:.1f} ms late" if status < 0 else "returned"
+            verdict = "ok  " if status == _DEMO[case] else "FAIL"
+            failures += verdict == "FAIL"
+            print(f"{verdict}  {case:30} {end}")
+    print(f"\nThe last one left this on stderr:\n\n{results[-1][3]}")
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--watchdog"]:
-        _watchdog_main(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+        logger = _Stderr()  # type: ignore[assignment]
+        _watchdog_main(*sys.argv[2:])
+    elif sys.argv[1:]:
+        _demo_case(sys.argv[1])
     else:
         sys.exit(_demo())

@@ -1,2583 +1,1576 @@
 """The tests of local_timer, and its benchmark.
 
-    python3 -m pytest test_local_timer.py         the everyday suite, under a minute on two cores
-    LOCAL_TIMER_TESTS=full python3 -m pytest ...  the same with the hard cases at full size, some four minutes
+    python3 -m pytest test_local_timer.py         the suite, half a minute on two cores
+    LOCAL_TIMER_TESTS=full python3 -m pytest ...  the same with the hard cases enlarged
     python3 test_local_timer.py                   the same as the first
     python3 test_local_timer.py bench             the speed table, beside the peers that can be imported
 
-A kill is tested by a process that dies of it. Most tests are a small program that is run as a user would run it, and
-what is expected of its exit status and its output.
+A kill is tested by a process that dies of it. Most tests are a small program, run as a user would run it, and what is
+expected of its exit status and its output. These programs mostly wait: they all start when the session begins, some at
+a time, and a test collects what became of its own.
 """
 
 from __future__ import annotations
 
 import ast
-import asyncio
-import collections
 import contextlib
-import functools
 import gc
-import importlib
-import inspect
-import itertools
 import math
-import multiprocessing
-import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import pickle
 import platform
-import queue
-import random
-import shutil
+import re
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import textwrap
-import threading
 import time
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 try:
     import pytest
 except ImportError:
     sys.exit("the tests need pytest: see the README for the one line that sets it up")
 
-import local_timer
-from local_timer import (
-    LocalTimerClient,
-    LocalTimerServer,
-    MultiprocessingRequestQueue,
-    RequestPipe,
-    RequestQueue,
-    TimerClient,
-    TimerRequest,
-    TimerServer,
-    configure,
-    expires,
-    watchdog_expires,
-)
+import local_timer as lt
+from local_timer import Scoreboard, TimerRequest, configure, watchdog_expires
 
 HERE = Path(__file__).resolve().parent
-FULL = os.environ.get("LOCAL_TIMER_TESTS") == "full"
 LINUX = sys.platform == "linux"
-METHODS = ["fork", "spawn", "forkserver"]
-FOREVER = 600.0  # seconds: what outlives it has failed
+THIS_RUN = f"{os.getpid()} {time.time()}"
+Test = TypeVar("Test", bound=Callable[..., None])
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
-linux_only = pytest.mark.skipif(not LINUX, reason="needs /proc")
+HELPERS = r"""
+import collections, contextlib, gc, itertools, multiprocessing, os, random, signal, subprocess, sys, threading, time
+import local_timer, traceback
+from local_timer import *
 
+FOREVER, FULL = 600, os.environ.get("LOCAL_TIMER_TESTS") == "full"
+fork_context = multiprocessing.get_context("fork")
 
-def full_size(everyday: int, full: int) -> int:
-    return full if FULL else everyday
+def hold_the_gil(): collections.deque(itertools.repeat(0), maxlen=0)
+def hang(after=0.3): watchdog_expires(after=after)(time.sleep)(FOREVER)
 
+def fork(target, *arguments):  # returns the pid of the child
+    pid = os.fork()
+    if pid: return pid
+    try: target(*arguments), os._exit(0)
+    except BaseException: traceback.print_exc()
+    finally: os._exit(1)
 
-def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, "waited in vain"
+def wait_until(condition, seconds=20):
+    for _ in range(200 * seconds):
+        if value := condition(): return value
         time.sleep(0.005)
+    raise AssertionError("waited in vain")
 
+def end_of(pid, seconds=20):  # the exit code of a child, or None: then it lived on and was killed
+    for _ in range(200 * seconds):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended: return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)
 
-def descriptors(pid: int | str = "self") -> int:
-    return len(os.listdir(f"/proc/{pid}/fd" if LINUX else "/dev/fd"))
+def in_threads(*targets):
+    return [(thread := threading.Thread(target=target), thread.start())[0] for target in targets]
 
-
-def watchdogs() -> list[int]:
-    """Return the pids of the watchdog processes that run a local_timer.py."""
+def watchdogs(parent=None):  # the pids of those that a process has started, by default this one
     found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline") if LINUX else ():
-        with contextlib.suppress(OSError):
-            if b"local_timer.py\0--watchdog\0" in entry.read_bytes():
-                found.append(int(entry.parent.name))
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat, open(f"/proc/{pid}/cmdline") as line:
+            of = int(stat.read().rpartition(")")[2].split()[1])
+            if of == (parent or os.getpid()) and "local_timer.py\0--watchdog\0" in line.read(): found.append(int(pid))
     return found
+def a_watchdog(parent=None): return wait_until(lambda: watchdogs(parent))[0]
+
+def counts(pid):  # how often it has gone to sleep, its CPU time in seconds, its largest size in KB
+    with open(f"/proc/{pid}/status") as status, open(f"/proc/{pid}/schedstat") as cpu:
+        now = dict(line.split(":", 1) for line in status)
+        return int(now["voluntary_ctxt_switches"]), int(cpu.read().split()[0]) / 1e9, int(now["VmHWM"].split()[0])
+
+def acquire(client, after, name="named"):  # returns whether a server is there
+    with contextlib.suppress(BrokenPipeError):
+        client.acquire(name, time.monotonic() + after)
+        return True
+
+def serve():  # configures a client of a scoreboard that another process serves
+    board, parent = Scoreboard(), os.getpid()
+    def target():
+        threading.Thread(target=LocalTimerServer(board).run, daemon=True).start()
+        while os.getppid() == parent: time.sleep(0.05)
+    server, client = fork_context.Process(target=target, daemon=True), LocalTimerClient(board)
+    server.start()
+    wait_until(lambda: end_of(fork(lambda: os._exit(not acquire(client, 9)))) == 0)
+    configure(client)
+    return board, server, client
+
+class Recorder(list, TimerClient):  # a client of the user's own, which is empty at first: bool() of it is False
+    def acquire(self, *of): self.append(("acquire", *of))
+    def release(self, *of): self.append(("release", *of))
+    def names(self):  # of what was released, which must be what was acquired
+        acquired, released = ([event[1] for event in self if event[0] == kind] for kind in ("acquire", "release"))
+        assert set(acquired) == set(released), self
+        return released
+
+def running(board):  # its timers, whatever their deadlines
+    return sum(LocalTimerServer(board).get_expired_timers(time.monotonic() + 1e6).values(), [])
+"""
+
+
+class Result(NamedTuple):
+    status: int
+    output: str
+    errors: str
+
+
+PROGRAMS: dict[str, tuple[str, str]] = {}
+
+
+def runs(text: str) -> Callable[[Test], Test]:
+    """Run a program for a test, which gets its `result`; the parameters of the test are the program's arguments.
+
+    The helpers are imported in its first line. That may say `#!` what it is run under, or how long it takes, and then
+    the program starts before the others.
+    """
+
+    def decorate(test: Test) -> Test:
+        first, _, rest = text.partition("\n")
+        PROGRAMS[test.__name__] = first, f"from helpers import *{first}\n{textwrap.dedent(rest)}"
+        return test
+
+    return decorate
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_watchdog_is_left_by_the_whole_run() -> Iterator[None]:
-    from multiprocessing import forkserver, resource_tracker
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    multiprocessing.resource_tracker.ensure_running()  # it is the tests' own
+    shared = tmp_path_factory.mktemp("shared")
+    (shared / "helpers.py").write_text(HELPERS)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment.update(PYTHONPATH=f"{HERE}:{shared}", PYTHONPYCACHEPREFIX=f"{shared}", LOCAL_TIMER_RUN=THIS_RUN)
 
-    resource_tracker.ensure_running()
-    forkserver.ensure_running()
-    before = set(watchdogs())
-    yield
-    wait_until(lambda: not set(watchdogs()) - before)
+    def run(test: Any) -> Result:
+        folder, (first, source) = tmp_path_factory.mktemp("program"), PROGRAMS[test.originalname]
+        (folder / "train.py").write_text(source, encoding="utf-8")
+        arguments = map(str, test.callspec.params.values() if hasattr(test, "callspec") else ())
+        command = [*first.partition("#!")[2].split(), sys.executable, "-u", str(folder / "train.py"), *arguments]
+        with open(folder / "out", "wb") as out, open(folder / "err", "wb") as err:
+            pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+            process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+            return Result(process.wait(), *((folder / name).read_text("utf-8", "replace") for name in ("out", "err")))
+        os.killpg(process.pid, signal.SIGKILL)
+        return Result(process.wait(), "", "it was still running after a minute")
+
+    with ThreadPoolExecutor(8) as pool:
+        futures: dict[str, Future[Result]] = {}
+        tests: list[Any] = [test for test in request.session.items if "result" in getattr(test, "fixturenames", ())]
+        for test in sorted(tests, key=lambda test: "takes" not in PROGRAMS[test.originalname][0]):
+            if not any(mark.args[0] for mark in test.iter_markers("skipif")):
+                futures[test.nodeid] = pool.submit(run, test)
+        yield futures
+        for future in futures.values():  # if the tests were interrupted
+            future.cancel()
+    try:
+        wait_until(lambda: not left_over())
+    finally:
+        for pid in left_over():
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def result(request: pytest.FixtureRequest, results: dict[str, Future[Result]]) -> Result:
+    got = results[request.node.nodeid].result()
+    print(got.status, got.output, got.errors, sep="\n")  # pytest shows it if the test fails
+    return got
+
+
+def left_over() -> dict[int, str]:
+    """Return the processes that programs of this run have left behind, with their command lines."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*") if LINUX else ():
+        with contextlib.suppress(OSError):
+            if THIS_RUN.encode() in (process / "environ").read_bytes():
+                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    give_up = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < give_up, f"waited in vain; left over: {left_over()}"
+        time.sleep(0.005)
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd" if LINUX else "/dev/fd"))
+
     before = descriptors()
     yield
-    for phase in ("setup", "call"):  # pytest holds on to what was logged
-        caplog.get_records(phase).clear()
-    caplog.clear()
+    caplog.clear()  # what was logged may hold on to a server
     configure(None)
-    assert not multiprocessing.active_children()
     wait_until(lambda: descriptors() <= before or (gc.collect() and descriptors() <= before))
 
 
-@pytest.fixture
-def server() -> Iterator[LocalTimerServer]:
-    with LocalTimerServer() as running:
-        yield running
-    running._mp_queue.close()  # pytest holds on to what a fixture yielded, so this must not wait for its end
-    for pid in list(running._pidfds):
-        running._let_go(pid)
+def can(*command: str) -> bool:
+    with contextlib.suppress(OSError):
+        return LINUX and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return False
 
 
-class Program:
-    """A program that is run as a user would run it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def write(self, source: str, name: str = "train.py") -> Path:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(textwrap.dedent(source), encoding="utf-8")
-        return path
-
-    def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(HERE), **options.pop("env", {})}
-        command = [sys.executable, *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        defaults = {**pipes, "cwd": self.folder, "start_new_session": True}
-        return subprocess.Popen(command, env=environment, text=True, **{**defaults, **options})
-
-    def run(self, source: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        return finish(self.start(self.write(source), *arguments, **options))
+linux_only = pytest.mark.skipif(not LINUX, reason="needs /proc")
+needs_strace = pytest.mark.skipif(not can("strace", "true"), reason="needs strace")
+own_namespace = pytest.mark.skipif(not can("unshare", "--pid", "--mount", "true"), reason="may make no namespace")
+as_root = pytest.mark.skipif(not LINUX or os.geteuid() != 0, reason="needs root")
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 60.0) -> subprocess.CompletedProcess[str]:
-    try:
-        output, errors = process.communicate(timeout=seconds)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, errors = process.communicate()
-        print(output, errors, file=sys.stderr)
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Program:
-    return Program(tmp_path)
-
-
-def succeed(result: subprocess.CompletedProcess[str]) -> str:
-    assert result.returncode == 0, f"{result.returncode}\n{result.stdout}\n{result.stderr}"
-    return str(result.stdout)
-
-
-# What workers do. They are at the top level, for spawned ones to find them.
-
-
-def hold_the_gil() -> None:
-    collections.deque(itertools.repeat(0), maxlen=0)
-
-
-def hang_with_the_gil(client: TimerClient, after: float = 0.2, report: Any = None) -> None:
-    def hang() -> None:
-        hold_the_gil()
-
-    if report is not None:
-        report.send(time.monotonic() + after)
-    watchdog_expires(after=after, client=client)(hang)()
-
-
-def sleep_guarded(client: TimerClient, after: float, seconds: float) -> None:
-    with watchdog_expires(after=after, client=client):
-        time.sleep(seconds)
-
-
-def call_in_a_loop(client: TimerClient, seconds: float) -> None:
-    call = watchdog_expires(after=30, client=client)(lambda: None)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        call()
-
-
-def acquire_and_exit(client: TimerClient, after: float) -> None:
-    client.acquire("left behind", time.monotonic() + after)
-
-
-def exit_code(process: Any, seconds: float = 20.0) -> int:
-    process.join(seconds)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-        pytest.fail("the process is still alive")
-    return int(process.exitcode)
-
-
-def start(method: str, target: Callable[..., None], *args: object) -> Any:
-    process = multiprocessing.get_context(method).Process(target=target, args=args)  # type: ignore[attr-defined]
-    process.start()
-    return process
-
-
-# ---------------------------------------------------------------------------------------------- request and transport
+# ------------------------------------------------------------------------------------------ requests, queues, the loop
 
 
 def test_a_request_is_a_value() -> None:
     request = TimerRequest(7, "load", 12.5)
-    assert request == TimerRequest(7, "load", 12.5) == pickle.loads(pickle.dumps(request))
-    assert request != TimerRequest(7, "load", 12.0)
-    assert request != (7, "load", 12.5)
-    assert repr(request) == "TimerRequest(7, 'load', 12.5)"
-    assert eval(repr(request)) == request
-    assert not hasattr(request, "__dict__")
+    assert request == TimerRequest(7, "load", 12.5) == pickle.loads(pickle.dumps(request)) == eval(repr(request))
+    assert request != TimerRequest(7, "load", 12.0) and request != (7, "load", 12.5)
+    assert repr(request) == "TimerRequest(7, 'load', 12.5)" and not hasattr(request, "__dict__")
 
 
-@pytest.mark.parametrize(
-    "scope",
-    ["step", "", " a b ", "two\nlines", "\\n", "back\\slash", "\0\r\t\x1e", "größe 中文 🐍", "\udcff", "x" * 400],
-    ids=ascii,
-)
-@pytest.mark.parametrize("deadline", [time.monotonic() + 1 / 3, 0.0, -1.0, math.nextafter(7, 8)])
-def test_a_request_arrives_as_it_was_put(scope: str, deadline: float) -> None:
-    pipe = RequestPipe()
-    request = TimerRequest(4242, scope, deadline)
-    pipe.put(request)
-    assert pipe.get(timeout=5) == request
-
-
-def test_an_interpreter_number_of_any_kind_is_a_deadline() -> None:
-    pipe = RequestPipe()
-    pipe.put(TimerRequest(1, "a", 3))
-    assert pipe.get() == TimerRequest(1, "a", 3.0)
-
-
-def test_a_pipe_has_the_methods_of_a_queue() -> None:
-    pipe = RequestPipe()
-    assert pipe.qsize() == 0
-    with pytest.raises(queue.Empty):
-        pipe.get(False)
-    begin = time.monotonic()
-    with pytest.raises(queue.Empty):
-        pipe.get(True, 0.05)
-    assert time.monotonic() - begin >= 0.05
-    for number in range(3):
-        pipe.put(TimerRequest(1, str(number), 1.0))
-    assert pipe.qsize() == 3
-    assert [pipe.get().scope_id for _ in range(3)] == ["0", "1", "2"]
-    pipe.close()
-    pipe.close()
-    with pytest.raises(BrokenPipeError):
-        pipe.put(TimerRequest(1, "late", 1.0))
-    with pytest.raises(OSError, match="closed"):
-        pipe.get()
-
-
-def test_a_request_is_in_the_pipe_when_put_returns() -> None:
-    pipe = RequestPipe()
-    for number in range(500):
-        pipe.put(TimerRequest(1, str(number), 1.0))
-        assert pipe.qsize() == number + 1
-
-
-def test_a_full_pipe_waits_and_loses_nothing() -> None:
-    pipe = RequestPipe()
-    with pytest.raises(queue.Full):
-        while True:
-            pipe.put(TimerRequest(1, "fill", 1.0), False)
-    writers = [threading.Thread(target=pipe.put, args=(TimerRequest(2, "wait", 1.0),)) for _ in range(20)]
-    for writer in writers:
-        writer.start()
-    time.sleep(0.05)
-    assert all(writer.is_alive() for writer in writers)
-    waited = 0
-    while waited < 20:
-        waited += pipe.get(timeout=5).worker_id == 2
-    for writer in writers:
-        writer.join()
-
-
-# Programs that mostly wait: they start before all tests, which run in the meantime.
-BACKGROUND: dict[str, tuple[str, tuple[object, ...]]] = {}
-
-
-@pytest.fixture(autouse=True, scope="session")
-def background(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    processes = {}
-    for name, (source, arguments) in BACKGROUND.items():
-        program = Program(tmp_path_factory.mktemp(name))
-        processes[name] = program.start(program.write(source), *arguments)
-    yield processes
-    for process in processes.values():
-        process.kill()
-        process.communicate()
-
-
-BACKGROUND["nobody_reads"] = (
-    """
-    import local_timer, time, itertools, threading
-    pipe = local_timer.RequestPipe()
-    client = local_timer.LocalTimerClient(pipe)
-    begin = time.monotonic()
-    try:
-        for number in itertools.count():
-            begin = time.monotonic()
-            client.acquire(f"scope {number}", begin + 100)
-    except TimeoutError as error:
-        assert 9.9 < time.monotonic() - begin < 15, time.monotonic() - begin
-        print(error)
-    begin = time.monotonic()
-    try:
-        local_timer.watchdog_expires(after=5, client=client)(print)("not called")
-    except TimeoutError:
-        assert time.monotonic() - begin < 8
-        print("nor did this")
-""",
-    (),
-)
-
-
-def test_half_a_line_and_other_garbage_spoil_no_request(caplog: pytest.LogCaptureFixture) -> None:
-    pipe = RequestPipe()
-    generator = random.Random(0)
-    pieces = [
-        b"half a line",
-        b"\n",
-        b"\n\n\n",
-        b"1 2 3\n",
-        b"\xff\x00\x80",
-        b"zzzzzzzzzzzzzzzz 12 scope\n",
-        b"40590000000000000 12 scope\n",
-        b"4059000000000000 1e3 scope\n",
-        b"4059000000000000 12\n",
-        b"4059000000000000 12 \\x\n",
-        b"4059000000000000 ",
-        b"9" * 3000,
-    ]
-    for good in range(300):
-        os.write(pipe._writer, generator.choice([*pieces, bytes(generator.choices(range(256), k=50))]))
-        pipe.put(TimerRequest(77, f"good {good}", 5.0))
-        if good % 10 == 9:
-            got = [pipe.get() for _ in range(pipe.qsize())]
-            assert [r.scope_id for r in got if r.worker_id == 77] == [f"good {n}" for n in range(good - 9, good + 1)]
-    assert "no timer request" in caplog.text
-
-
-def test_a_line_that_is_no_request_costs_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    pipe = RequestPipe()
-    os.write(pipe._writer, b"what is this\n")
-    pipe.put(TimerRequest(1, "next", 1.0))
-    assert pipe.get().scope_id == "next"
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
-    assert "what is this" in caplog.text
-
-
-def test_a_megabyte_without_a_newline_takes_no_memory(caplog: pytest.LogCaptureFixture) -> None:
-    pipe = RequestPipe()
-    for _ in range(32):
-        os.write(pipe._writer, b"x" * 32768)
-        assert pipe.qsize() == 0
-        assert len(pipe._rest) <= 512
-    pipe.put(TimerRequest(1, "after", 1.0))
-    assert pipe.get().scope_id == "after"
-    assert len(caplog.records) == 1
-
-
-def test_a_line_that_makes_even_a_warning_an_error_loses_no_other() -> None:
-    pipe = RequestPipe()
-    os.write(pipe._writer, b"\n4059000000000000 12 \\q\n")
-    pipe.put(TimerRequest(1, "next", 1.0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert [pipe.get().scope_id for _ in range(pipe.qsize())][-1] == "next"
-
-
-def test_nothing_is_written_under_the_number_of_a_pipe_that_was_closed(tmp_path: Path) -> None:
-    pipe = RequestPipe()
-    client = LocalTimerClient(pipe)
-    with watchdog_expires(after=5, client=client):
-        pipe.close()
-        files = [os.open(tmp_path / "mine", os.O_RDWR | os.O_CREAT) for _ in range(4)]
-    with pytest.raises(BrokenPipeError):
-        client.acquire("late", time.monotonic() + 5)
-    assert (tmp_path / "mine").read_bytes() == b""
-    for file in files:
-        os.close(file)
-
-
-def test_a_pipe_that_can_not_be_made_leaves_no_descriptor(program: Program) -> None:
-    output = succeed(
-        program.run("""
-            import local_timer, os, resource
-            resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
-            taken = []
-            try:
-                while True: taken.append(os.open("/dev/null", os.O_RDONLY))
-            except OSError: pass
-            for free in range(3):
-                for _ in range(5):
-                    try: local_timer.start_watchdog()
-                    except OSError: pass
-                    else: raise SystemExit("started")
-                os.close(taken.pop())
-            for _ in range(5): os.close(taken.pop())
-            local_timer.watchdog_expires(after=5)(print)("guarded")
-        """)
-    )
-    assert output == "guarded\n"
-
-
-def child_has_no_read_end(pipe: RequestPipe, answers: Any) -> None:
-    try:
-        pipe.qsize()
-    except OSError as error:
-        answers.send(str(error))
-    pipe.put(TimerRequest(os.getpid(), "child", 1.0))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_child_can_write_but_keeps_no_read_end(method: str) -> None:
-    pipe = RequestPipe()
-    answers, answer = multiprocessing.Pipe(duplex=False)
-    child = start(method, child_has_no_read_end, pipe, answer)
-    assert exit_code(child) == 0
-    assert "not the process that reads" in answers.recv()
-    assert pipe.get(timeout=5) == TimerRequest(child.pid, "child", 1.0)
-    answers.close()
-    answer.close()
-
-
-def test_the_first_acquire_after_the_server_is_gone_says_so_and_release_is_silent(program: Program) -> None:
-    output = succeed(
-        program.run("""
-            import local_timer, os, time
-            server = local_timer.LocalTimerServer()
-            client = server.client()
-            ready, go = os.pipe()
-            if os.fork():
-                os._exit(0)  # the launcher, which holds the only read end
-            os.close(go)
-            os.read(ready, 1)
-            for _ in range(2):
-                try:
-                    client.acquire("late", time.monotonic() + 1)
-                except BrokenPipeError as error:
-                    print(error)
-                client.release("late")
-            print("alive")
-        """)
-    )
-    assert output.count("the timer server is gone") == 2
-    assert output.endswith("alive\n")
-
-
-def test_a_pipe_is_not_pickled_outside_of_process_creation() -> None:
-    with pytest.raises(RuntimeError, match="inheritance"):
-        pickle.dumps(RequestPipe())
-
-
-@pytest.mark.parametrize("make", [multiprocessing.Queue, RequestPipe])
-def test_the_request_queue_over_any_queue_gets_what_was_put(make: Callable[[], Any]) -> None:
-    mp_queue = make()
+@pytest.mark.parametrize("make", ["fork_context.Queue", "fork_context.JoinableQueue", "queue.Queue", "Uncountable"])
+@runs("""
+    import queue
+    class Uncountable(queue.Queue):
+        def qsize(self): raise NotImplementedError  # as multiprocessing's on macOS
+    mp_queue, begin = eval(sys.argv[1])(), time.monotonic()
     requests = MultiprocessingRequestQueue(mp_queue)
-    assert isinstance(requests, RequestQueue)
-    assert requests.get(1, 0.01) == []
-    mp_queue.put(TimerRequest(1, "one", 0))
-    assert requests.get(2, 0.1) == [TimerRequest(1, "one", 0.0)]
-    for number in range(3):
-        mp_queue.put(TimerRequest(number, "more", 0))
+    assert isinstance(requests, RequestQueue) and requests.get(1, 0.05) == [] and time.monotonic() - begin >= 0.05
+    for number in range(3): mp_queue.put(TimerRequest(number, "more", 0))
     wait_until(lambda: requests.size() == 3)
-    assert [request.worker_id for request in requests.get(2, 1.0)] == [0, 1]
-    assert [request.worker_id for request in requests.get(5, 0.05)] == [2]
-    mp_queue.close()
-    if make is not RequestPipe:
-        mp_queue.join_thread()
-        mp_queue._reader.close()
+    assert requests.get(2, 1.0) == [TimerRequest(0, "more", 0), TimerRequest(1, "more", 0)]
+    threading.Timer(0.1, mp_queue.put, [TimerRequest(3, "late", 0)]).start()
+    assert [request.worker_id for request in requests.get(2, 10.0)] == [2, 3]  # it waits for as many as it is asked
+""")
+def test_the_request_queue_over_any_queue_gets_what_was_put(make: str, result: Result) -> None:
+    assert result == (0, "", "")
 
 
-def put_slowly(mp_queue: Any) -> None:
-    for number in range(5):
-        mp_queue.put(TimerRequest(number, "slow", 0))
-        time.sleep(0.02)
+@runs("""
+    class Users(TimerServer, RequestQueue):  # a server and its queue as a user of PyTorch's timer may have written them
+        def __init__(self): super().__init__(self, 0.01)
+        def size(self): events.append("size"); return len(waiting)
+        def get(self, size, timeout):
+            assert 0 <= timeout <= 0.01
+            events.append(("get", size))
+            return [waiting.pop() for _ in range(min(size, len(waiting)))]
+        def register_timers(self, requests): events.append(requests)
+        def clear_timers(self, workers): events.append(("clear", workers))
+        def get_expired_timers(self, deadline): return dict.fromkeys((1, 2, 3) if deadline <= time.monotonic() else ())
+        def _reap_worker(self, worker):
+            events.append(("reap", worker))
+            return worker == 1 or 1 / (2 - worker) > 0  # which raises for 2; 3 wants another try
+    class Failing(Users):
+        def size(self): super().size(); raise error
+
+    events, waiting = [], ["b", "a"]
+    reaped = [("reap", 1), ("reap", 2), ("reap", 3), ("clear", {1, 2})]
+    for size, requests in (2, ["a", "b"]), (1, []):  # an empty queue is waited for
+        Users()._run_watchdog()
+        assert events == ["size", ("get", size), requests, *reaped], events
+        events.clear()
+    for error in RuntimeError("no size today"), EOFError("a manager is gone"):
+        users, begin = Failing(), time.monotonic()
+        users.start(), wait_until(lambda: len(events) == 3)
+        middle = time.monotonic()
+        users.stop(), events.clear()
+        print(middle - begin > 1, time.monotonic() - middle < 0.9)  # it does not spin
+""")
+def test_a_turn_asks_the_queue_once_clears_whom_it_reaped_and_survives_any_exception(result: Result) -> None:
+    assert result[:2] == (0, "True True\n" * 2)
+    assert all(error in result.errors for error in ("division by zero", "no size today", "a manager is gone"))
 
 
-def test_get_waits_for_as_many_as_it_is_asked_for() -> None:
-    pipe = RequestPipe()
-    writer = start("fork", put_slowly, pipe)
-    assert len(MultiprocessingRequestQueue(pipe).get(5, 10.0)) == 5
-    assert exit_code(writer) == 0
+@runs("""
+    def hang(after):
+        wait_until(lambda: acquire(server.client(), after))
+        time.sleep(FOREVER)
 
-
-def test_a_queue_that_cannot_count_is_read_all_the_same() -> None:
-    class Uncountable(queue.Queue):  # type: ignore[type-arg]
-        def qsize(self) -> int:
-            raise NotImplementedError  # as multiprocessing's on macOS
-
-    uncountable = Uncountable()
-    requests = MultiprocessingRequestQueue(uncountable)
-    assert requests.size() == 0
-    for number in range(4):
-        uncountable.queue.append(TimerRequest(number, "a", 0))
-    assert requests.size() == 4
-    assert [request.worker_id for request in requests.get(3, 0)] == [0, 1, 2]
-    uncountable.queue.append(TimerRequest(4, "a", 0))
-    assert requests.size() == 2
-    assert [request.worker_id for request in requests.get(9, 0)] == [3, 4]
-
-
-# ---------------------------------------------------------------------------------------------------------- the loop
-
-
-class RecordingQueue(RequestQueue):
-    def __init__(self, requests: list[TimerRequest]) -> None:
-        self.requests = requests
-        self.calls: list[tuple[Any, ...]] = []
-
-    def size(self) -> int:
-        self.calls.append(("size",))
-        return len(self.requests)
-
-    def get(self, size: int, timeout: float) -> list[TimerRequest]:
-        self.calls.append(("get", size, timeout))
-        taken, self.requests = self.requests[:size], self.requests[size:]
-        return taken
-
-
-class UsersServer(TimerServer):
-    """A server as a user of PyTorch's timer may have written it."""
-
-    def __init__(self, requests: RequestQueue, max_interval: float) -> None:
-        super().__init__(requests, max_interval)
-        self.registered: list[TimerRequest] = []
-        self.cleared: list[set[Any]] = []
-
-    def register_timers(self, timer_requests: list[TimerRequest]) -> None:
-        self.registered += timer_requests
-
-    def clear_timers(self, worker_ids: set[Any]) -> None:
-        self.cleared.append(worker_ids)
-
-    def get_expired_timers(self, deadline: float) -> dict[Any, list[TimerRequest]]:
-        return {worker: [TimerRequest(worker, "test", 0)] for worker in (1, 2, 3)}
-
-    def _reap_worker(self, worker_id: Any) -> bool:
-        if worker_id == 2:
-            raise OSError("can't reap 2")
-        return bool(worker_id == 1)
-
-
-def test_a_turn_asks_the_queue_once_and_clears_whom_it_reaped(caplog: pytest.LogCaptureFixture) -> None:
-    put = [TimerRequest(1, "a", 0), TimerRequest(2, "b", 0)]
-    requests = RecordingQueue(list(put))
-    users = UsersServer(requests, 1.0)
-    users._run_watchdog()
-    assert [call[0] for call in requests.calls] == ["size", "get"]
-    assert requests.calls[1][1] == 2
-    assert 0 <= requests.calls[1][2] <= 1.0
-    assert users.registered == put
-    assert users.cleared == [{1, 2}]  # 2 raised, which counts; 3 was not reaped yet
-    assert "can't reap 2" in caplog.text
-    requests.calls.clear()
-    users._run_watchdog()
-    assert requests.calls[1][1] == 1  # an empty queue is waited for
-
-
-def test_the_loop_survives_any_exception_without_spinning(caplog: pytest.LogCaptureFixture) -> None:
-    class Failing(RecordingQueue):
-        def size(self) -> int:
-            super().size()
-            raise RuntimeError("no size today")
-
-    requests = Failing([])
-    users = UsersServer(requests, 0.01)
-    users.start()
-    time.sleep(0.3)
-    assert users._watchdog_thread is not None and users._watchdog_thread.is_alive()
-    begin = time.monotonic()
-    users.stop()
-    assert time.monotonic() - begin < 0.9
-    assert 1 <= len(requests.calls) <= 2
-    assert "no size today" in caplog.text
-
-
-def test_an_end_of_file_in_a_users_queue_does_not_end_the_loop(caplog: pytest.LogCaptureFixture) -> None:
-    class Ending(RecordingQueue):
-        def size(self) -> int:
-            super().size()
-            raise EOFError("a manager is gone")
-
-    users = UsersServer(Ending([]), 0.01)
-    users.start()
-    wait_until(lambda: "a manager is gone" in caplog.text)
-    assert users._watchdog_thread is not None and users._watchdog_thread.is_alive()
-    users.stop()
-
-
-def test_starting_and_stopping_in_any_order_is_harmless() -> None:
-    server = LocalTimerServer()
+    board = Scoreboard()
+    server = LocalTimerServer(board)
     server.stop()
-    for _ in range(3):
+    for turn in range(3):
+        server.start(), server.start()
+        assert threading.active_count() == 2 and end_of(fork(hang, 0.1)) == -9
+        late, begin = fork(hang, 0.5), time.sleep(0.2) or time.monotonic()
+        server.stop(), server.stop()
+        assert time.monotonic() - begin < 5 and threading.active_count() == 1
+        time.sleep(0.5)
+        assert os.waitpid(late, os.WNOHANG) == (0, 0), "a server that was stopped kills"
         server.start()
-        thread = server._watchdog_thread
-        server.start()
-        assert server._watchdog_thread is thread and thread is not None
-        begin = time.monotonic()
+        assert end_of(late) == -9
         server.stop()
-        server.stop()
-        assert time.monotonic() - begin < 5  # not max_interval
-        assert not thread.is_alive()
-    server.start()
-    victim = start("fork", hang_with_the_gil, server.client())
-    assert exit_code(victim) == -signal.SIGKILL
-    server.stop()
-
-
-def test_a_stopped_server_kills_nobody_and_catches_up_when_started_again() -> None:
-    server = LocalTimerServer()
-    server.start()
-    server.stop()
-    hung = start("fork", sleep_guarded, server.client(), 0.05, FOREVER)
-    fine = start("fork", sleep_guarded, server.client(), 0.05, 0.1)
-    assert exit_code(fine) == 0
-    assert hung.is_alive()
-    server.start()
-    assert exit_code(hung) == -signal.SIGKILL
-    server.stop()
-
-
-def stop_when_dead(victim: Any, server: LocalTimerServer) -> None:
-    victim.join()
-    server.stop()
-
-
-def test_run_serves_in_the_calling_thread_until_stop() -> None:
-    server = LocalTimerServer()
-    victim = start("fork", hang_with_the_gil, server.client())
-    threading.Thread(target=stop_when_dead, args=(victim, server)).start()
+    in_threads(lambda: (end_of(fork(hang, 0.2)), server.stop()))
     server.run()
-    assert exit_code(victim) == -signal.SIGKILL
-    server.start()
-    with pytest.raises(RuntimeError, match="running already"):
-        server.run()
+    forked = fork_context.Process(target=server.run)
+    forked.start()
+    print("run() is over", end_of(fork(hang, 0.2)))
+    forked.kill(), forked.join()
+    with server:
+        for start in server.run, LocalTimerServer(board).run, LocalTimerServer(board).start:
+            try: start()
+            except RuntimeError as error: print(error)
+        print(end_of(fork(hang, 0.2)))
+""")
+def test_starting_and_stopping_is_harmless_in_any_order_but_not_a_second_server(result: Result) -> None:
+    run, twice, *second, last = result.output.splitlines()
+    assert (result.status, run, last) == (0, "run() is over -9", "-9") and "running already" in twice
+    assert len(second) == 2 and all("another timer server" in line for line in second)
+
+
+@pytest.mark.parametrize("make", ["Queue", "JoinableQueue", "Manager().Queue"])
+@runs("""
+    def work(client, seconds, after):
+        configure(client)
+        with expires(after=5), expires(after=after, scope="work"): time.sleep(seconds)
+
+    mp_queue, begin = eval("fork_context." + sys.argv[1])(), time.monotonic()
+    (server := LocalTimerServer(mp_queue)).start()  # its max_interval of 60 s delays nothing
+    times = [(FOREVER, 0.5), (0.3, 0.6), (0.1, 5), (FOREVER, 0.7)]
+    workers = [fork_context.Process(target=work, args=(LocalTimerClient(mp_queue), *of)) for of in times]
+    for call in "start", "join":
+        for worker in workers: getattr(worker, call)()
+    print([worker.exitcode for worker in workers], 0.7 <= time.monotonic() - begin < 5)
+    begin = time.monotonic()
     server.stop()
+    print(time.monotonic() - begin < 5)
+""")
+def test_a_program_written_for_pytorchs_timer_runs_as_it_is(make: str, result: Result) -> None:
+    assert result[:2] == (0, "[-9, 0, 0, -9] True\nTrue\n")
+    assert result.errors.count("SIGKILL for pid") == 2 and "work" in result.errors
 
 
-@pytest.mark.parametrize("make", [multiprocessing.Queue, multiprocessing.JoinableQueue])
-def test_a_program_written_for_pytorchs_timer_runs_as_it_is(make: Callable[[], Any], program: Program) -> None:
-    mp_queue = make()
+@runs("""
+    import queue
+    mp_queue, victim, now = queue.Queue(), fork(time.sleep, FOREVER), time.monotonic()
     server = LocalTimerServer(mp_queue, max_interval=0.01)
-    server.start()
-    hung = start("fork", sleep_guarded, LocalTimerClient(mp_queue), 0.1, FOREVER)
-    fine = start("fork", sleep_guarded, LocalTimerClient(mp_queue), 5, 0.2)
-    assert exit_code(hung) == -signal.SIGKILL
-    assert exit_code(fine) == 0
-    server.stop()
-    assert not server._timers
-    mp_queue.close()
-    mp_queue.join_thread()
-    mp_queue._reader.close()
+    for name, deadline in 600 * [("step", 0.0), ("step", -1.0)] + [("moved", now), ("moved", now + 60), ("other", -1)]:
+        mp_queue.put(TimerRequest(victim, name, deadline))
+    for _ in range(5): server._run_watchdog(), time.sleep(0.02)
+    print(os.waitpid(victim, os.WNOHANG), [timer.scope_id for timer in server.get_expired_timers(now + 61)[victim]])
+    os.kill(victim, signal.SIGKILL)
+""")
+def test_a_release_that_waits_in_the_queue_counts_before_anyone_is_killed(result: Result) -> None:
+    assert result == (0, "(0, 0) ['moved']\n", "")
 
 
-def test_a_request_that_died_in_a_feeder_thread_does_not_delay_the_others() -> None:
-    class Phantom(queue.Queue):  # type: ignore[type-arg]
-        def qsize(self) -> int:
-            return super().qsize() + 1  # a killed worker has counted one that will never come
-
-    phantom = Phantom()
-    with LocalTimerServer(phantom):
-        victim = subprocess.Popen(["sleep", str(FOREVER)])
-        phantom.put(TimerRequest(victim.pid, "a", time.monotonic() + 0.1))
-        assert victim.wait(5) == -signal.SIGKILL
-
-
-# -------------------------------------------------------------------------------------------------------- the server
+@runs("""
+    import math, queue
+    server, good = LocalTimerServer(queue.Queue()), TimerRequest(7, "good", time.monotonic() + 100)
+    bad = [TimerRequest(pid, "bad", 1.0) for pid in (0, -1, True, "1", 1.5, None, 2**31, 2**80, -(2**40))]
+    bad += [TimerRequest(7, "bad", deadline) for deadline in (math.nan, math.inf, time.time(), "1", None)]
+    for request in [*bad, "nonsense"]: server.register_timers([request, good])
+    print(server.get_expired_timers(time.monotonic() + 200) == {7: [good]})
+""")
+def test_a_request_that_makes_no_sense_is_dropped_with_an_error(result: Result) -> None:
+    assert result[:2] == (0, "True\n") and result.errors.count("dropped") == 15
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_worker_that_hangs_with_the_gil_held_is_killed(method: str, server: LocalTimerServer) -> None:
-    late = []
-    for _ in range(full_size(1, 15)):
-        deadlines, report = multiprocessing.Pipe(duplex=False)
-        for worker in [start(method, hang_with_the_gil, server.client(), 0.2, report) for _ in range(2)]:
-            assert exit_code(worker) == -signal.SIGKILL
-            late.append(time.monotonic() - deadlines.recv())
-        deadlines.close()
-        report.close()
-    assert all(seconds > 0 for seconds in late)  # never early
-    assert statistics.median(late) < 0.5
-    wait_until(lambda: not server._timers)
+# --------------------------------------------------------------------------------------------------- what is killed
+
+WAYS = [("fork", "server"), ("spawn", "server"), ("forkserver", "server"), ("fork", "watchdog"), ("spawn", "watchdog")]
 
 
-def test_every_deadline_of_nested_and_concurrent_blocks_is_kept(program: Program) -> None:
-    output = succeed(
-        program.run("""
-            import asyncio, local_timer, multiprocessing, threading, time
-            from local_timer import watchdog_expires
+@pytest.mark.parametrize(("method", "guard"), WAYS)
+@runs("""  # takes 6 s
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing.connection import wait
+    def asleep(): subprocess.run(["true"]), time.sleep(FOREVER)  # which drops no lock of this process
+    def in_a_loop():
+        while True: pass
+    def in_a_lock():
+        lock = threading.Lock()
+        with lock, lock: pass
+    def in_a_coroutine():
+        import asyncio
+        async def never_yields(): time.sleep(FOREVER)
+        asyncio.run(watchdog_expires(after=60)(never_yields)())
+    def stopped(): os.kill(os.getpid(), signal.SIGSTOP), time.sleep(FOREVER)
+    def in_a_thread(): in_threads(watchdog_expires(after=0.4)(in_a_lock)), watchdog_expires(after=0.1)(len)("done")
+    @watchdog_expires(after=0.4)
+    def work(seconds): time.sleep(seconds)
+    def worker(number, client, the_same, deadlines):
+        configure(client) if client else start_watchdog(grace=0.3)
+        deadlines[number], hang = time.monotonic() + 0.4, HANGS[number]
+        hang() if hang is in_a_thread else watchdog_expires(after=0.4)(hang)()
 
-            def nested():
-                with watchdog_expires(after=0.3):
-                    for _ in range(100):
-                        with watchdog_expires(after=20): pass
-                        recursive(5)
-                    time.sleep(600)
+    HANGS = [asleep, in_a_loop, hold_the_gil, in_a_lock, in_a_coroutine, stopped, in_a_thread]
 
-            @watchdog_expires(after=20)
-            def recursive(depth):
-                if depth:
-                    recursive(depth - 1)
-
-            @watchdog_expires(after=0.3)
-            def hang_if(it):
-                for _ in range(100):
-                    with watchdog_expires(after=20): pass
-                if it:
-                    time.sleep(600)
-
-            def threads():
-                for number in range(8):
-                    threading.Thread(target=hang_if, args=(number == 3,)).start()
-                time.sleep(600)
-
-            def same_line():
-                for number in range(8):
-                    @watchdog_expires(after=0.3)
-                    def local(number=number):
-                        if number:
-                            time.sleep(600)
-                    threading.Thread(target=local).start()
-                time.sleep(600)
-
-            @watchdog_expires(after=0.3)
-            async def task(number):
-                await asyncio.sleep(600 if number == 5 else 0.01)
-
-            def tasks():
-                async def main():
-                    await asyncio.gather(*map(task, range(10)))
-                asyncio.run(main())
-
-            class Model:
-                @watchdog_expires(after=0.3)
-                def fit(self, seconds):
-                    time.sleep(seconds)
-
-            def method():
-                Model().fit(0)
-                Model().fit(seconds=600)
-
-            def reset_once():
-                with watchdog_expires(after=0.3) as timer:
-                    time.sleep(0.2)
-                    timer.reset()
-                    time.sleep(600)
-
-            def moved_scope():
-                watchdog_expires(after=20, scope="shared").__enter__()
-                with watchdog_expires(after=0.3, scope="shared"):
-                    time.sleep(600)
-
-            if __name__ == "__main__":
-                with local_timer.LocalTimerServer() as server:
-                    local_timer.configure(server.client())
-                    context = multiprocessing.get_context("fork")
-                    cases = [nested, threads, same_line, tasks, method, reset_once, moved_scope]
-                    workers = {case.__name__: context.Process(target=case) for case in cases}
-                    for worker in workers.values(): worker.start()
-                    for name, worker in workers.items():
-                        worker.join(20)
-                        print(name, worker.exitcode)
-                        worker.kill()
-        """)
-    )
-    assert dict(line.split() for line in output.splitlines()) == dict.fromkeys(
-        ["nested", "threads", "same_line", "tasks", "method", "reset_once", "moved_scope"], "-9"
-    )
+    if __name__ == "__main__":
+        (method, guard), workers = sys.argv[1:], {}
+        context = multiprocessing.get_context(method)
+        deadlines = context.RawArray("d", len(HANGS))
+        with LocalTimerServer() as server:
+            client = server.client() if guard == "server" else start_watchdog(grace=0.3) and None
+            for number, hang in enumerate(HANGS):
+                process = context.Process(target=worker, args=(number, client, client, deadlines))
+                process.start()
+                workers[process.sentinel] = hang, process, number
+            while workers:
+                dead, now = wait(workers, 20), time.monotonic()
+                assert dead, workers
+                for hang, process, number in map(workers.pop, dead):
+                    process.join()
+                    due = -9 if guard == "server" or hang is stopped else -6
+                    if process.exitcode != due or not 0 < now - deadlines[number] < 5:
+                        print(hang.__name__, process.exitcode, now - deadlines[number])
+            with ProcessPoolExecutor(1, context, initializer=configure, initargs=(client or start_watchdog(),)) as pool:
+                try: print(pool.submit(work, 0).result(), pool.submit(work, FOREVER).result())
+                except BrokenProcessPool: print("all")
+""")
+def test_no_hang_is_missed_and_none_killed_early(method: str, guard: str, result: Result) -> None:
+    assert result[:2] == (0, "all\n")
 
 
-BACKGROUND["ended_timers"] = (
-    """
-            import asyncio, local_timer, time
-            from local_timer import watchdog_expires
+@runs("""
+    import asyncio
+    def sleep(): time.sleep(FOREVER)
+    @watchdog_expires(after=20)
+    def recursive(depth): depth and recursive(depth - 1)
+    def nested():
+        with watchdog_expires(after=0.4):
+            for _ in range(50):
+                with watchdog_expires(after=20): recursive(5)
+            sleep()
+    @watchdog_expires(after=0.4)
+    def the_first_of_recursive_calls(depth=9):
+        if depth: the_first_of_recursive_calls(depth - 1)
+        if depth == 9: sleep()
+    def one_of_many_threads():
+        @watchdog_expires(after=0.4)
+        def call(number):
+            for _ in range(50):
+                with watchdog_expires(after=20): pass
+            if number == 3: sleep()
+        for number in range(8): threading.Thread(target=call, args=(number,)).start()
+    def one_of_many_tasks():
+        @watchdog_expires(after=0.4)
+        async def task(number):
+            with watchdog_expires(after=20): await asyncio.sleep(FOREVER if number == 5 else 0.01)
+        async def main(): await asyncio.gather(*map(task, range(10)))
+        asyncio.run(main())
+    def a_method():
+        class Model: fit = watchdog_expires(after=0.4)(lambda self, seconds: time.sleep(seconds))
+        Model().fit(0), Model().fit(seconds=FOREVER)
+    def reset_once():
+        with watchdog_expires(after=0.4) as timer: timer.reset(), sleep()
+    def a_scope_that_was_moved():
+        with watchdog_expires(after=20, scope="shared"), watchdog_expires(after=0.4, scope="shared"): sleep()
+    def a_scope_beside_others():
+        acquire(client, 0.4)
+        with watchdog_expires(after=20, scope="other"), watchdog_expires(after=20): pass
+        client.release("unknown"), sleep()
+    def a_timer_that_is_used_again():
+        timer = watchdog_expires(after=0.4)
+        for seconds in 0, 0, FOREVER:
+            with timer: time.sleep(seconds)
+    def forked_inside():
+        with watchdog_expires(after=0.4) as timer, watchdog_expires(after=20, scope="scope"):
+            if fork(timer.reset) and os.fork(): sleep()  # the child leaves the blocks
+    def a_name_that_a_forked_child_releases():
+        acquire(client, 0.4), fork(client.release, "named"), sleep()
+    def the_client_is_gone():
+        acquire(serve()[2], 0.4), configure(None), gc.collect(), sleep()
 
-            @watchdog_expires(after=0.2)
-            def returns(): return 1
-            @watchdog_expires(after=0.2)
-            def raises(): raise KeyError("x")
-            @watchdog_expires(after=0.2)
-            async def task(seconds): await asyncio.sleep(seconds); return 2
-            @watchdog_expires(after=None)
-            def without_a_deadline(): time.sleep(0.5)
-
-            with local_timer.LocalTimerServer() as server:
-                local_timer.configure(server.client())
-                assert returns() == 1
-                try: raises()
-                except KeyError: pass
-                assert asyncio.run(task(0)) == 2
-                async def cancel():
-                    running = asyncio.create_task(task(60))
-                    await asyncio.sleep(0.05)
-                    running.cancel()
-                    try: await running
-                    except asyncio.CancelledError: pass
-                asyncio.run(cancel())
-                with watchdog_expires(after=0.2, scope="named"): pass
-                with watchdog_expires(after=None) as timer: timer.reset()
-                for _ in range(2):
-                    timer = watchdog_expires(after=0.2)
-                    with timer:
-                        for _ in range(4):
-                            time.sleep(0.1)
-                            timer.reset()
-                    with timer: pass
-                client = server.client()
-                client.acquire("named", time.monotonic() + 0.2)
-                client.acquire("named", time.monotonic() + 60)
-                client.release("unknown")
-                time.sleep(0.4)
-                without_a_deadline()
-                client.release("named")
-                time.sleep(0.1)
-                assert not server._timers, server._timers
-                print("alive")
-        """,
-    (),
-)
-
-
-def test_an_ended_timer_kills_nobody(background: dict[str, subprocess.Popen[str]]) -> None:
-    assert succeed(finish(background["ended_timers"])) == "alive\n"
-
-
-def test_a_release_that_is_already_in_the_queue_counts_before_anyone_is_killed() -> None:
-    server = LocalTimerServer()
-    client = server.client()
-    for number in range(600):
-        client.acquire(f"scope {number}", time.monotonic())
-    for number in range(600):
-        client.release(f"scope {number}")
-        client.acquire("moved", time.monotonic())
-    client.acquire("moved", time.monotonic() + 60)
-    time.sleep(0.01)
-    for _ in range(3):
-        server._run_watchdog()  # this very process would die
-    assert list(server._timers) == [(os.getpid(), "moved")]
-    client.release("moved")
-    server._run_watchdog()
+    cases = [value for name, value in list(globals().items()) if getattr(value, "__module__", "") == "__main__"][2:]
+    time.time = itertools.cycle([0.0, 4e9, -1e9, 1e9 + 7, time.monotonic()]).__next__  # the wall clock moves nothing
+    client = serve()[2]
+    cases = {fork(lambda: (case(), time.sleep(2))): case.__name__ for case in cases}
+    print(len(cases), {name: code for name, code in [(name, end_of(pid)) for pid, name in cases.items()] if code != -9})
+""")
+def test_every_deadline_is_kept(result: Result) -> None:
+    assert result[:2] == (0, "12 {}\n")
 
 
-BACKGROUND["stopped_server"] = (
-    """
-    import local_timer, os, signal, sys, time
-    from local_timer import watchdog_expires
+@runs("""
+    import asyncio
+    @watchdog_expires(after=0.3)
+    def returns(): return 1
+    @watchdog_expires(after=0.3)
+    def raises(): raise KeyError("x")
+    @watchdog_expires(after=0.3)
+    async def task(seconds): return await asyncio.sleep(seconds, 2)
+    def generator():
+        with watchdog_expires(after=0.3): yield 3
+    async def cancel():
+        pending = asyncio.create_task(task(60))
+        await asyncio.sleep(0.05)
+        pending.cancel()
+        with contextlib.suppress(asyncio.CancelledError): await pending
 
-    client = local_timer.start_watchdog(signum=signal.SIGKILL)
-    call = watchdog_expires(after=0.5)(lambda: None)
-    call()
-    time.sleep(0.3)  # it is up
-    os.kill(client._child, signal.SIGSTOP)
-    if os.fork() == 0:
-        time.sleep(float(sys.argv[1]))
-        os.kill(client._child, signal.SIGCONT)
-        os._exit(0)
-    end = time.monotonic() + float(sys.argv[1]) + 0.5
-    calls = 0
-    while time.monotonic() < end:
-        call()  # fills the pipe, so that a release may have to wait for room, beyond its deadline
-        calls += 1
-    print(calls, flush=True)
-    watchdog_expires(after=0.5)(time.sleep)(600)
-""",
-    (full_size(2, 3),),
-)
-
-
-def test_a_release_counts_that_comes_while_the_server_is_at_work() -> None:
-    server = LocalTimerServer(max_interval=0.1)
-    victim = subprocess.Popen(["sleep", str(FOREVER)])
-    register = server.register_timers
-
-    def slowly(timer_requests: list[TimerRequest]) -> None:
-        register(timer_requests)
-        if len(timer_requests) == 1 and timer_requests[0].expiration_time > 0:
-            server._mp_queue.put(TimerRequest(victim.pid, "a", -1))  # in time
-            time.sleep(0.1)
-
-    server.register_timers = slowly  # type: ignore[method-assign]
-    server._mp_queue.put(TimerRequest(victim.pid, "a", time.monotonic() + 0.05))
-    for _ in range(3):
-        server._run_watchdog()
-    assert victim.poll() is None and not server._timers
-    victim.kill()
-    victim.wait()
+    time.time = itertools.cycle([0.0, 4e9, -1e9, 1e9 + 7, time.monotonic() + 1]).__next__
+    board, _, client = serve()
+    assert returns() == 1 and asyncio.run(task(0)) == 2 and list(generator()) == [3]
+    next(generator())  # and thrown away
+    asyncio.run(cancel())
+    with contextlib.suppress(KeyError): raises()
+    with contextlib.suppress(KeyError), watchdog_expires(after=0.3): raise KeyError("x")
+    with contextlib.ExitStack() as stack: stack.enter_context(watchdog_expires(after=0.3))
+    with watchdog_expires(after=0.3, scope="named"), watchdog_expires(after=0.3, scope="named"): pass
+    timer = watchdog_expires(after=0.4)
+    for _ in range(2):
+        with timer:
+            for _ in range(5): time.sleep(0.1), timer.reset()
+    acquire(client, 0.3, "mine"), acquire(client, 60, "mine")
+    with watchdog_expires(after=0.3, scope="ended inside"): client.release("ended inside")
+    acquire(client, 0.3), LocalTimerClient(board).release("named")  # a name belongs to the process
+    with watchdog_expires(after=None) as timer: timer.reset(), watchdog_expires(after=None)(time.sleep)(0.5)
+    gc.collect()
+    assert [timer.scope_id for timer in running(board)] == ["mine"]
+    with watchdog_expires(after=0.3): child = fork(time.sleep, 0.6)  # which is not in the block for the server
+    assert end_of(child) == 0
+""")
+def test_an_ended_timer_kills_nobody(result: Result) -> None:
+    assert result == (0, "", "")
 
 
-def test_a_release_that_had_no_room_in_the_pipe_of_a_stopped_server_still_counts() -> None:
-    server = LocalTimerServer(max_interval=0.01)
-    pipe = server._mp_queue
-    released, hung = (subprocess.Popen(["sleep", str(FOREVER)]) for _ in range(2))
-    for victim in (released, hung):
-        pipe.put(TimerRequest(victim.pid, "a", time.monotonic()))
-    with pytest.raises(queue.Full):
+HOW = ["signal", "signal while the server stutters", "exception set by a thread", "interrupt_main"]
+
+
+@pytest.mark.parametrize("how", HOW)
+@runs("""  # takes 5 s
+    import _thread, ctypes
+    set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    @watchdog_expires(after=60)
+    async def coroutine(): pass
+    def asynchronous():
+        with contextlib.suppress(StopIteration): coroutine().send(None)
+    def block():
+        with watchdog_expires(after=60): pass
+    def block_whose_name_lives_on():
+        global living_on
+        with watchdog_expires(after=60) as living_on: living_on.reset()
+    def reused_timer():
+        with reused: pass
+    def named_block():
+        with watchdog_expires(after=60, scope="block") as timer: timer.reset()
+    def insist(guarded, give_up):
+        while time.monotonic() < give_up: guarded()
+    def strike():
+        global armed
         while True:
-            pipe.put(TimerRequest(1, "filler", -1), False)
-    pipe._read_at -= 5  # as long as the server was stopped
-    server._run_watchdog()
-    server._run_watchdog()
-    assert released.poll() is hung.poll() is None
-    pipe.put(TimerRequest(released.pid, "a", -1))
-    truce = time.monotonic() + 2
-    while hung.poll() is None and time.monotonic() < truce:
-        server._run_watchdog()
-    assert hung.wait() == -signal.SIGKILL
-    assert released.poll() is None
-    released.kill()
-    released.wait()
+            if armed:
+                armed = False
+                time.sleep(random.uniform(0, 1e-4))
+                if how == "interrupt_main": _thread.interrupt_main()
+                else: set_exception(ctypes.c_ulong(me), ctypes.py_object(KeyboardInterrupt))
+            time.sleep(0)
+    def stutter():
+        while os.getppid() != 1:
+            os.kill(server.pid, signal.SIGSTOP), time.sleep(0.003)
+            os.kill(server.pid, signal.SIGCONT), time.sleep(0.001)
+
+    (board, server, _), how, me = serve(), sys.argv[1], threading.get_ident()
+    armed, swallowed, reused, named = False, 0, watchdog_expires(after=60), watchdog_expires(after=60, scope="call")
+    cases = [reused(lambda: None), named(lambda: None), asynchronous, block]
+    cases += [block_whose_name_lives_on, reused_timer, named_block]
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    if "signal" not in how: sys.setswitchinterval(1e-5), threading.Thread(target=strike, daemon=True).start()
+    stuttering = fork(stutter) if "stutters" in how else None
+    for number in range(40000 if FULL else 4000):
+        guarded = cases[number % len(cases)]
+        try:
+            give_up = time.monotonic() + 5
+            if "signal" in how: signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 1e-4))
+            armed = True
+            insist(guarded, give_up)
+            swallowed += 1
+        except KeyboardInterrupt: pass
+    if stuttering: os.kill(stuttering, signal.SIGKILL), os.kill(server.pid, signal.SIGCONT)
+    for guarded in cases: guarded()  # all is well with each of them
+    gc.collect()
+    print(swallowed, [timer.scope_id for timer in running(board)])
+""")
+def test_an_interrupt_at_any_instant_leaves_no_timer_behind_and_is_not_swallowed(how: str, result: Result) -> None:
+    assert result[:2] == (0, "0 []\n")
 
 
-def test_a_server_that_was_stopped_kills_nobody_and_then_still_kills(
-    background: dict[str, subprocess.Popen[str]],
-) -> None:
-    result = finish(background["stopped_server"])
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    assert int(result.stdout) > 500
-    assert "time.sleep" in result.stderr.replace("<built-in function sleep>", "time.sleep")
+@runs("""
+    def beat():
+        while not done.is_set():
+            with contextlib.suppress(RuntimeError, IndexError): random.choice(ended).reset()
+
+    board, ended, done, moved = serve()[0], collections.deque(maxlen=5), threading.Event(), 0
+    beating = in_threads(beat)
+    sys.setswitchinterval(1e-6)
+    for number in range(20000 if FULL else 3000):
+        with watchdog_expires(after=1000, scope=None if number % 5 else f"{number}") as timer: ended.append(timer)
+        with watchdog_expires(after=5):
+            moved += len(LocalTimerServer(board).get_expired_timers(time.monotonic() + 6)) != 1
+    done.set()
+    beating[0].join()
+    print(moved, running(board))
+""")
+def test_a_late_reset_from_another_thread_revives_nothing_and_moves_no_other_timer(result: Result) -> None:
+    assert result[:2] == (0, "0 []\n")
 
 
-def test_deadlines_move_by_the_time_in_which_the_watchdog_and_its_workers_were_frozen(program: Program) -> None:
-    frozen = program.start(
-        program.write("""
-            import local_timer, signal, time
-            from local_timer import watchdog_expires
-            local_timer.start_watchdog(signum=signal.SIGKILL)
-            with watchdog_expires(after=1):
-                time.sleep(0.3)
-                print("in the block", flush=True)
-                for _ in range(5):
-                    time.sleep(0.1)
-            print("out of it", flush=True)
-            with watchdog_expires(after=0.5):
-                time.sleep(600)
-        """),
-    )
-    assert frozen.stdout is not None and frozen.stdout.readline() == "in the block\n"
-    os.killpg(frozen.pid, signal.SIGSTOP)
-    time.sleep(1.6)
-    os.killpg(frozen.pid, signal.SIGCONT)
-    result = finish(frozen)
-    assert result.stdout == "out of it\n"
-    assert result.returncode == -signal.SIGKILL
-    assert "did not run" in result.stderr
+@runs("""
+    def work():
+        for _ in range(100):
+            with watchdog_expires(after=60), watchdog_expires(after=60, scope="all"): pass
+        with contextlib.ExitStack() as stack:
+            for _ in range(40): stack.enter_context(watchdog_expires(after=60))
+            stack.enter_context(watchdog_expires(after=60, scope=f"scope {threading.get_ident()}"))
+            barrier.wait(), barrier.wait()
+
+    board, barrier = serve()[0], threading.Barrier(9)
+    sys.setswitchinterval(1e-6)
+    threads = in_threads(*[work] * 8)
+    barrier.wait()
+    print(len(running(board)))
+    barrier.wait()
+    for thread in threads: thread.join()
+    print(running(board))
+""")
+def test_the_timers_of_many_threads_are_all_apart(result: Result) -> None:
+    assert result[:2] == (0, "328\n[]\n")
+
+
+# --------------------------------------------------------------------------------------------------- the scoreboard
+
+
+@needs_strace
+@runs("""  #! strace -q
+    call = watchdog_expires(after=30)(lambda: None)
+    call(), time.sleep(0.5), os.write(1, b"begin ")
+    for _ in range(50000): call()
+    for _ in range(5000):
+        with watchdog_expires(after=30) as timer: timer.reset()
+    os.write(1, b"end")
+""")
+def test_guarded_calls_make_no_system_calls(result: Result) -> None:
+    begin, end = (result.errors.index(f'write(1, "{mark}') for mark in ("begin", "end"))
+    assert result[:2] == (0, "begin end") and result.errors[begin:end].count("\n") < 100
 
 
 @linux_only
-def test_one_descriptor_is_held_for_a_live_worker_and_none_for_a_dead_one(server: LocalTimerServer) -> None:
-    def held() -> int:
-        return sum("pidfd" in os.readlink(f"/proc/self/fd/{fd}") for fd in map(str, server._pids))
+@runs("""
+    def ask_for(seconds, call):
+        before, begin = counts(pid), time.monotonic()
+        while time.monotonic() < begin + seconds: call(0.001)
+        now, seconds = counts(pid), time.monotonic() - begin
+        print((now[0] - before[0]) / seconds, 100 * (now[1] - before[1]) / seconds, now[2])
 
-    workers = [start("fork", sleep_guarded, server.client(), 60, FOREVER) for _ in range(5)]
-    wait_until(lambda: len(server._timers) == 5)
-    assert held() == len(server._pidfds) == 5
-    for worker in workers:
-        worker.kill()
-        worker.join()
-    wait_until(lambda: not server._pidfds and not server._timers)
+    call = watchdog_expires(after=30)(time.sleep)
+    call(0), time.sleep(1)
+    pid = a_watchdog()
+    ask_for(1, time.sleep), ask_for(2, call)
+    with watchdog_expires(after=30): ask_for(1, time.sleep)
+""")
+def test_the_watchdog_sleeps_while_calls_return_in_time(result: Result) -> None:
+    idle, busy, one_long_call = (list(map(float, line.split())) for line in result.output.splitlines())
+    assert idle[0] == 0 and busy[0] <= 15 + 10 and one_long_call[0] <= 15  # wake-ups a second
+    assert busy[1] <= 3 and busy[2] <= 13 * 1024  # percent of a core, and KB: the goals are 0.3 and 12 MB
 
 
-def test_a_worker_that_dies_on_its_own_is_dropped_without_a_fuss(
-    server: LocalTimerServer, caplog: pytest.LogCaptureFixture
+@linux_only
+@runs("""  # takes 6 s
+    call = watchdog_expires(after=60)(time.sleep)
+    call(0)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(50 if FULL else 15):
+        os.kill(lost := a_watchdog(), signal.SIGKILL)
+        wait_until(lambda: call(0) or watchdogs() not in ([], [lost]))
+    wait_until(lambda: call(0) or not os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+    print(len(os.listdir("/proc/self/fd")) - before, len(watchdogs()))
+
+    begin, sibling = time.monotonic(), fork(hang, 1)
+    in_threads(lambda: hang(2))
+    for lost in 1, 2:
+        time.sleep(0.2)
+        os.kill(a_watchdog(), signal.SIGKILL)
+        while os.waitpid(sibling, os.WNOHANG) == (0, 0) if lost == 1 else time.monotonic() < begin + 1.6: call(0.001)
+        print(lost, time.monotonic() - begin < 1.9)
+    time.sleep(FOREVER)
+""")
+def test_the_loss_of_the_watchdog_loses_no_timer_and_leaves_nothing(result: Result) -> None:
+    assert result[:2] == (-signal.SIGABRT, "0 1\n1 True\n2 True\n")
+    assert "limit 1 s" in result.errors and "limit 2 s" in result.errors
+
+
+@runs("""  # takes 6 s
+    def fill():
+        for number in itertools.count():
+            try: client.acquire(f"timer {number}", time.monotonic() + 1000)
+            except RuntimeError as error: os.write(go, f"{error}, after {number}".encode()), time.sleep(FOREVER)
+    def knock():
+        try: watchdog_expires(after=60)(print)("guarded")
+        except RuntimeError as error: print(error)
+
+    client, (ready, go) = serve()[2], os.pipe()
+    filler = fork(fill)
+    print(os.read(ready, 1000).decode(), end_of(fork(knock)), sep="\\n")
+    os.kill(filler, signal.SIGKILL), os.waitpid(filler, 0)
+    print(end_of(fork(knock)), end_of(fork(hang)))
+""")
+def test_a_scoreboard_holds_250_000_timers_and_frees_those_of_the_dead(result: Result) -> None:
+    assert re.fullmatch(r"(.*full: 250,000 timers.*\n){2}0\nguarded\n0 -9\n", result.output)
+    assert "after 250000\n" in result.output
+
+
+@linux_only
+@runs("""  # takes 9 s
+    def work():
+        call = watchdog_expires(after=2)(lambda: None)
+        while not stop.value:
+            acquire(client, 2, "left behind")
+            for _ in range(20): call()
+            with watchdog_expires(after=2, scope="block"): time.sleep(random.uniform(0, 0.05))
+    def murder(count, stopped=0):
+        for number in range(count):
+            if number == stopped: os.kill(server.pid, signal.SIGCONT)
+            time.sleep(random.uniform(0, 0.04))
+            os.kill(victim := workers.pop(random.randrange(6)), signal.SIGKILL)
+            assert os.waitpid(victim, 0)[1] == signal.SIGKILL and not workers.append(fork(work))
+        return len(os.listdir(f"/proc/{server.pid}/fd")), counts(server.pid)[2]
+
+    stop = multiprocessing.RawValue("b")  # an Event has a lock, which a killed worker may hold
+    board, server, client = serve()
+    workers = [fork(work) for _ in range(6)]
+    small = murder(50)
+    os.kill(server.pid, signal.SIGSTOP), time.sleep(3)  # more than any limit
+    large = murder(1000 if FULL else 150, 20)
+    print(large[0] - small[0], large[1] - small[1] < 2048, end_of(fork(hang)))
+    stop.value = 1
+    print([end_of(worker) for worker in workers], running(board))
+""")
+def test_dead_workers_and_a_server_that_was_stopped_harm_no_one_and_cost_nothing(result: Result) -> None:
+    assert result[:2] == (0, "0 True -9\n[0, 0, 0, 0, 0, 0] []\n")
+    assert result.errors.count("SIGKILL for pid") == 1 and result.errors.count("did not run") == 1
+
+
+@linux_only
+@runs("""  # takes 9 s
+    def program(number):
+        os.setpgid(0, 0), os.write(go, b"x")
+        if number: start_watchdog(signum=signal.SIGKILL)
+        time.sleep(number)  # it is stopped right at the first call, or well after it
+        with watchdog_expires(after=2):
+            for _ in range(13): time.sleep(0.1)
+        os.write(1, b"out of the block\\n"), hang()
+
+    programs, (ready, go) = [], os.pipe()
+    for pause in 0.005, 0.03, 0.06, 0.3, 1.005, 1.03, 1.06, 1.3:
+        programs.append(fork(program, int(pause)))
+        os.read(ready, 1), time.sleep(pause), os.killpg(programs[-1], signal.SIGSTOP)
+    time.sleep(5 if FULL else 3)
+    for pid in programs: os.killpg(pid, signal.SIGCONT)
+    print([end_of(pid) for pid in programs])
+""")
+def test_deadlines_move_by_the_time_in_which_program_and_watchdog_were_frozen(result: Result) -> None:
+    assert result[:2] == (0, "out of the block\n" * 8 + "[-6, -6, -6, -6, -9, -9, -9, -9]\n")
+
+
+@runs("""  # takes 14 s
+    import logging
+    class Told(logging.Handler):
+        def emit(self, record): print(int(time.monotonic() - begin), record.levelname, record.getMessage())
+
+    call, server, begin = watchdog_expires(after=60)(time.sleep), serve()[1], time.monotonic()
+    logging.getLogger("local_timer").addHandler(Told())
+    os.kill(server.pid, signal.SIGSTOP)
+    while time.monotonic() < begin + 13: call(0.02)
+    server.kill()
+""")
+def test_a_server_that_has_not_looked_for_ten_seconds_is_said_once(result: Result) -> None:
+    assert re.fullmatch(r"1\d WARNING local_timer: .*has not looked for 1\d s\n", result.output)
+
+
+@pytest.mark.parametrize("server_was", ["never started", "stopped", "killed"])
+@runs("""
+    board = Scoreboard()
+    client = LocalTimerClient(board)
+    if sys.argv[1] == "stopped":
+        with LocalTimerServer(board): acquire(client, 30, "late")
+    if sys.argv[1] == "killed":
+        board, process, client = serve()
+        acquire(client, 30, "late"), process.kill(), process.join()
+    begin, timer = time.monotonic(), watchdog_expires(after=30, client=client)
+    for use in lambda: client.acquire("late", time.monotonic() + 30), timer(len), timer.__enter__, timer.__enter__:
+        try:
+            while time.monotonic() < begin + 2: use()
+        except BrokenPipeError as error: print(error)
+    print(client.release("late"), running(board))
+""")
+def test_that_the_server_is_gone_is_told_by_acquire_and_release_is_silent(server_was: str, result: Result) -> None:
+    *told, rest = result.output.splitlines()
+    assert len(told) == 4 and all("call start() of" in line and "start_watchdog()" in line for line in told)
+    assert rest == "None []" and result.status == 0
+
+
+@own_namespace
+@pytest.mark.parametrize("server_is", ["running", "stopped"])
+@runs("""  #! unshare --pid --fork --mount-proc
+    def dies_in_the_block():
+        client.acquire("died in the block", time.monotonic() + 0.7)
+        os.read(ready, 1)
+
+    (board, server, client), (ready, go) = serve(), os.pipe()
+    worker = fork(dies_in_the_block)
+    wait_until(lambda: running(board))
+    if sys.argv[1] == "stopped": os.kill(server.pid, signal.SIGSTOP)
+    os.write(go, b"x"), os.waitpid(worker, 0)
+    with open("/proc/sys/kernel/ns_last_pid", "w") as file: file.write(str(worker - 1))
+    stranger = fork(time.sleep, 2)
+    assert stranger == worker, (stranger, worker)
+    time.sleep(1), os.kill(server.pid, signal.SIGCONT)
+    print(end_of(stranger), running(board))
+""")
+def test_a_stranger_with_the_pid_of_a_dead_worker_lives(server_is: str, result: Result) -> None:
+    assert result[:2] == (0, "0 []\n") and "SIGKILL" not in result.errors
+
+
+@own_namespace
+@runs("""
+    import ctypes
+    def in_a_namespace_of_its_own():
+        assert ctypes.CDLL(None).unshare(0x20000000) == 0  # CLONE_NEWPID
+        print(end_of(fork(lambda: os.getpid() == 1 and hang())))
+
+    serve()
+    bystanders = [fork(time.sleep, FOREVER) for _ in range(5)]
+    print(end_of(fork(in_a_namespace_of_its_own)), [os.waitpid(pid, os.WNOHANG)[0] for pid in bystanders])
+    for pid in bystanders: os.kill(pid, signal.SIGKILL)
+""")
+def test_a_worker_in_another_pid_namespace_is_guarded_and_nobody_killed_in_its_place(result: Result) -> None:
+    assert result[:2] == (0, "-9\n0 [0, 0, 0, 0, 0]\n")
+
+
+@pytest.mark.parametrize("guard", ["server", "watchdog"])
+@runs("""
+    def execute():
+        with watchdog_expires(after=0.4), watchdog_expires(after=0.4, scope="named"):
+            os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(1); raise SystemExit(7)"])
+
+    serve() if sys.argv[1] == "server" else start_watchdog()
+    print(end_of(fork(execute)))
+""")
+def test_exec_inside_a_guarded_block_takes_no_timer_along(guard: str, result: Result) -> None:
+    assert result == (0, "7\n", "")
+
+
+@as_root
+@runs("""
+    import ctypes, struct
+    def attack(pattern):
+        client.acquire("a foot in the door", time.monotonic() + 60)
+        os.setresuid(65534, 65534, 65534)
+        me, end, os.getpid = os.getpid(), time.monotonic() + 0.5, lambda: bystander
+        with open("/proc/self/maps") as maps:
+            (table,) = [int(line.partition("-")[0], 16) for line in maps if "memfd" in line and "rw-s" in line]
+        while time.monotonic() < end:
+            for place in range(0, 1 << 16, 64): ctypes.memmove(table + place, pattern, 64)  # whatever it is
+            for number in map(int, os.listdir("/proc/self/fd")):
+                with contextlib.suppress(OSError):
+                    if number > 2: os.set_blocking(number, False), os.write(number, pattern)
+                    if number > 2: os.pwrite(number, pattern, random.randrange(1 << 20))
+            with contextlib.suppress(Exception): client.acquire("more", time.monotonic() + random.uniform(0, 60))
+        os.kill(me, signal.SIGKILL)
+
+    bystander, client = fork(time.sleep, FOREVER), serve()[2]
+    past, pid, long = struct.pack("d", 1.0), struct.pack("i", bystander), struct.pack("q", bystander)
+    for pattern in past * 8, pid * 16, long * 8, past + pid * 2 + bytes(48), b"\\x01" * 64, os.urandom(64):
+        print(end_of(fork(attack, pattern)))
+    print(time.sleep(1), os.waitpid(bystander, os.WNOHANG))
+    os.kill(bystander, signal.SIGKILL)
+""")
+def test_whatever_a_worker_writes_a_root_server_kills_no_bystander(result: Result) -> None:
+    assert result[:2] == (0, "-9\n" * 6 + "None (0, 0)\n")
+
+
+@linux_only
+@pytest.mark.parametrize("when", ["at once", "amid calls"])
+@pytest.mark.parametrize("guard", ["server", "watchdog", "watchdog of the parent", "watchdog of a daemon"])
+@runs("""
+    def program():
+        if "daemon" in guard and os.fork(): os._exit(0)
+        for _ in range(50 if when == "amid calls" else 0): call(0.01)
+        os.dup2(2, 1000), os.closerange(0, 1000)
+        for _ in range(60): os.open("mine", os.O_RDWR | os.O_CREAT)
+        os.dup2(1000, 2)
+        try:
+            for _ in range(200): call(0.01)
+            with watchdog_expires(after=0.5, scope="named"): call(0)
+        except BrokenPipeError as error: os.write(2, str(error).encode())
+        if os.stat("mine").st_size: os.write(2, b"dirty")
+        call(FOREVER)
+
+    guard, when = sys.argv[1:]
+    if guard == "server": serve()
+    call = watchdog_expires(after=0.5)(time.sleep)
+    call(0)
+    program() if guard == "watchdog" else print(end_of(fork(program), 10))
+    time.sleep(5 if "daemon" in guard else 0)  # until the daemon is dead
+""")
+def test_closing_all_descriptors_dirties_no_file_and_is_told_or_harmless(guard: str, when: str, result: Result) -> None:
+    assert "dirty" not in result.errors
+    assert ("has closed the descriptors" if guard == "server" else "SIGABRT for pid") in result.errors
+
+
+# ------------------------------------------------------------------------------------------------ signals and the log
+
+
+@pytest.mark.parametrize("guard", ["server", "watchdog"])
+@pytest.mark.parametrize("way", ["SIGINT raises", "a handler raises", "a handler swallows", "a handler resets"])
+@runs("""
+    class Overdue(Exception): pass
+    def handler(*_):
+        print("signal")
+        if way == "a handler raises": raise Overdue
+        if way == "a handler resets" and time.monotonic() < begin + 1: timer.reset()
+    def program():
+        global timer
+        if guard == "watchdog": start_watchdog(signum=signum, grace=0.4)
+        signal.signal(signum, signal.default_int_handler if way == "SIGINT raises" else handler)
+        for _ in range(2):
+            try:
+                with watchdog_expires(after=0.3) as timer:
+                    while time.monotonic() < begin + 1 or way != "a handler resets": time.sleep(0.01)
+            except (Overdue, KeyboardInterrupt): print("unwound")
+        time.sleep(0.6)  # more than the grace: nothing more may come
+        print("alive")
+
+    (way, guard), begin = sys.argv[1:], time.monotonic()
+    signum = signal.SIGINT if way == "SIGINT raises" else signal.SIGUSR1
+    with LocalTimerServer(signum=signum, grace=0.4) as server:
+        configure(server.client() if guard == "server" else None)
+        print(end_of(fork(program)), time.monotonic() - begin > 0.7)
+""")
+def test_an_expired_timer_gets_its_signal_once_and_sigkill_after_the_grace(
+    way: str, guard: str, result: Result
 ) -> None:
-    for _ in range(3):
-        assert exit_code(start("fork", acquire_and_exit, server.client(), 0.1)) == 0
-    wait_until(lambda: not server._timers)
-    time.sleep(0.2)
-    assert not caplog.records
+    killed = way == "a handler swallows"
+    assert result.errors.count("SIGKILL for pid") == killed and result.errors.count("for pid") > killed
+    raises = ("signal\n" * (way != "SIGINT raises") + "unwound\n") * 2
+    due = "signal\n" if killed else "(signal\n){2,4}" if way == "a handler resets" else raises
+    assert re.fullmatch(due + ("-9 True\n" if killed else "alive\n0 True\n"), result.output)
 
 
-def test_without_pidfds_a_worker_is_killed_by_its_pid(
-    monkeypatch: pytest.MonkeyPatch, server: LocalTimerServer
-) -> None:
-    monkeypatch.delattr(os, "pidfd_open", raising=False)
-    worker = start("fork", hang_with_the_gil, server.client())
-    gone = start("fork", acquire_and_exit, server.client(), 0.1)
-    assert exit_code(gone) == 0
-    assert exit_code(worker) == -signal.SIGKILL
-    wait_until(lambda: not server._timers)
-    assert not server._pidfds
+@as_root
+@runs("""
+    def hang(after):
+        acquire(server.client(), after)
+        os.write(go, b"x")
+        time.sleep(FOREVER)
+
+    (ready, go), server = os.pipe(), LocalTimerServer()
+    server.start()
+    theirs = fork(hang, 0.5)
+    os.read(ready, 1), os.setresuid(65534, 65534, 0)
+    print(end_of(fork(hang, 0.6)))
+    time.sleep(2)
+    print(os.waitpid(theirs, os.WNOHANG), os.setresuid(0, 0, 0), end_of(theirs))
+""")
+def test_a_kill_that_is_refused_is_tried_again_each_second_and_the_others_are_served(result: Result) -> None:
+    assert result[:2] == (0, "-9\n(0, 0) None -9\n")
+    refused = [line for line in result.errors.splitlines() if "SIGKILL for pid" in line and "not permitted" in line]
+    assert 2 <= len(refused) <= 4 and result.errors.count("SIGKILL for pid") == len(refused) + 2
 
 
-@pytest.mark.parametrize("worker_id", [0, -1, True, "1", 1.0, None, 2**31, 2**80, -(2**40)])
-def test_a_request_for_what_is_no_worker_is_dropped_with_an_error(
-    worker_id: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    server = LocalTimerServer(queue.Queue())
-    server.register_timers([TimerRequest(worker_id, "a", 1.0), TimerRequest(os.getpid(), "b", 1e6)])
-    assert list(server._timers) == [(os.getpid(), "b")]
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
+@pytest.mark.parametrize("guard", ["server", "watchdog"])
+@runs("""
+    import logging
+    logging.basicConfig(format="%(name)s %(levelname)s %(message)s")
+    def hang():
+        client = server.client() if sys.argv[1] == "server" else start_watchdog(signum=signal.SIGKILL)
+        deadline = time.monotonic() + 0.3
+        for name in "100 %s", "two\\nlines\\rand \\x1b[1m", "\\udcff", "", "x" * 200: client.acquire(name, deadline)
+        time.sleep(FOREVER)
+
+    with LocalTimerServer() as server: print(pid := fork(hang), end_of(pid))
+""")
+def test_one_line_a_kill_tells_pid_signal_and_every_expired_timer(guard: str, result: Result) -> None:
+    pid, status = result.output.split()
+    lines = [line for line in result.errors.split("\n") if line]
+    assert len(lines) == 1 and lines[0].isprintable() and status == "-9"
+    assert lines[0].startswith("local_timer WARNING local_timer: " if guard == "server" else "local_timer: ")
+    assert all(part in lines[0] for part in (f"SIGKILL for pid {pid}", "100 %s", r"two\nlines\rand", "x" * 200))
 
 
-@pytest.mark.parametrize("deadline", [math.nan, math.inf, time.time(), "1", None])
-def test_a_deadline_that_is_none_is_dropped_with_an_error(deadline: Any, caplog: pytest.LogCaptureFixture) -> None:
-    server = LocalTimerServer(queue.Queue())
-    server.register_timers([TimerRequest(os.getpid(), "a", deadline), "nonsense", TimerRequest(os.getpid(), "b", 1e6)])  # type: ignore[list-item]
-    assert list(server._timers) == [(os.getpid(), "b")]
-    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+@runs("""
+    def moved():
+        with watchdog_expires(after=20, scope="load"), watchdog_expires(after=0.25, scope="load"): time.sleep(FOREVER)
+
+    names = {"__name__": "gr\\u00f6\\u00dfe" * 100, "watchdog_expires": watchdog_expires, "time": time}
+    source = "@watchdog_expires(0.25)\\ndef call(): time.sleep(9)\\ndef block():\\n with watchdog_expires(0.25): call()"
+    exec(compile(source, "/a/distributed_training_loop.py", "exec"), names)
+    serve()
+    for hang in names["call"], names["block"], moved: print(end_of(fork(hang)))
+""")
+def test_the_line_says_which_call_was_running_for_how_long_and_against_which_limit(result: Result) -> None:
+    assert result.output == "-9\n-9\n-9\n"
+    lines = [line for line in result.errors.splitlines() if "SIGKILL for pid" in line]
+    for line, name in zip(lines, ("größe.*(distributed_training_loop.py:1", "größe.*(dis.*.py:4", r"load (train.py:3")):
+        assert re.search(
+            rf"{name}, limit 0.25 s) is still running after 0.[2-9]. s".replace("(", r"\(").replace(")", r"\)"), line
+        )
 
 
-def test_the_log_has_one_line_a_kill_that_names_every_expired_timer(
-    server: LocalTimerServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    client = server.client()
-    victim = subprocess.Popen(["sleep", str(FOREVER)])
-    deadline = time.monotonic() + 0.1
-    for name in ("train.step (train.py:12, limit 30 s)", "100 %s", "two\nlines"):
-        server._mp_queue.put(TimerRequest(victim.pid, name, deadline))
-    assert victim.wait(10) == -signal.SIGKILL
-    wait_until(lambda: len(caplog.records))
-    (record,) = caplog.records
-    line = record.getMessage()
-    assert record.levelname == "WARNING"
-    assert f"SIGKILL for pid {victim.pid}: train.step (train.py:12, limit 30 s) is " in line
-    assert "100 %s is " in line and "'two\\nlines' is " in line and line.endswith(" ms late") and "\n" not in line
-    client.release("unknown")
-
-
-class Overdue(Exception):
-    pass
-
-
-def soft_limit(client: TimerClient, answers: Any, ways: str) -> None:
-    def overdue(signum: int, frame: object) -> None:
-        raise Overdue
-
-    signal.signal(signal.SIGINT, overdue if ways == "unwinds" else lambda *_: answers.send("swallowed"))
-    try:
-        with watchdog_expires(after=0.1, client=client):
-            while True:
-                time.sleep(0.01)
-    except Overdue:
-        answers.send("unwound")
-    time.sleep(0.4)  # beyond the grace: nothing more may come
-    answers.send("alive")
-
-
-def test_a_soft_limit_unwinds_the_code_and_the_worker_lives() -> None:
-    answers, answer = multiprocessing.Pipe(duplex=False)
-    with LocalTimerServer(signum=signal.SIGINT, grace=0.2) as server:
-        worker = start("fork", soft_limit, server.client(), answer, "unwinds")
-        assert exit_code(worker) == 0
-        assert [answers.recv(), answers.recv()] == ["unwound", "alive"]
-        wait_until(lambda: not server._timers)
-    answers.close()
-    answer.close()
-
-
-def test_a_worker_that_swallows_the_signal_gets_it_once_and_sigkill_after_the_grace() -> None:
-    answers, answer = multiprocessing.Pipe(duplex=False)
-    with LocalTimerServer(signum=signal.SIGINT, grace=0.3) as server:
-        worker = start("fork", soft_limit, server.client(), answer, "swallows")
-        assert answers.recv() == "swallowed"
-        begin = time.monotonic()
-        assert exit_code(worker) == -signal.SIGKILL
-        assert time.monotonic() - begin > 0.25
-        assert not answers.poll(0)
-    answers.close()
-    answer.close()
-
-
-def reset_in_the_handler(client: TimerClient) -> None:
-    timer = watchdog_expires(after=0.2, client=client)
-    signal.signal(signal.SIGUSR1, lambda *_: timer.reset())
-    with timer:
-        for _ in range(90):
-            time.sleep(0.01)
-    os._exit(3)
-
-
-def test_a_reset_after_the_signal_is_a_new_lease_of_life(caplog: pytest.LogCaptureFixture) -> None:
-    with LocalTimerServer(signum=signal.SIGUSR1, grace=0.1) as server:
-        assert exit_code(start("fork", reset_in_the_handler, server.client())) == 3
-    assert [record.getMessage().split()[1] for record in caplog.records] == ["SIGUSR1"] * len(caplog.records)
-    assert 3 <= len(caplog.records) <= 5
-
-
-if LINUX and os.geteuid() == 0:
-    BACKGROUND["refused"] = (
-        """
-        import local_timer, multiprocessing.connection, os, signal, time
-        from local_timer import watchdog_expires
-        context = multiprocessing.get_context("fork")
-        server = local_timer.LocalTimerServer()
-
-        def hang(after):
-            with watchdog_expires(after=after, client=server.client(), scope="hang"):
-                time.sleep(600)
-
-        theirs = context.Process(target=hang, args=(0.1,))
-        theirs.start()
-        os.setresuid(65534, 65534, 0)
-        server.start()
-        ours = context.Process(target=hang, args=(0.4,))
-        ours.start()
-        ours.join(10)
-        time.sleep(1)
-        print(ours.exitcode, theirs.is_alive())
-        os.setresuid(0, 0, 0)
-        theirs.join(10)
-        print(theirs.exitcode)
-    """,
-        (),
-    )
-
-
-@pytest.mark.skipif("refused" not in BACKGROUND, reason="needs root, to have a process it may not kill")
-def test_a_kill_that_is_refused_is_tried_again_each_second_and_the_others_are_served(
-    background: dict[str, subprocess.Popen[str]],
-) -> None:
-    result = finish(background["refused"])
-    assert succeed(result) == "-9 True\n-9\n"
-    refused = [line for line in result.stderr.splitlines() if "SIGKILL" in line and "next try in a second" in line]
-    assert 2 <= len(refused) <= 4, result.stderr
-
-
-def test_the_wall_clock_moves_nothing(program: Program) -> None:
-    output = succeed(
-        program.run("""
-            import itertools, time
-            jumps = itertools.cycle([0.0, 4e9, -1e9, 1e9 + 7, time.monotonic() + 1])
-            time.time = lambda: next(jumps)
-            import local_timer, multiprocessing
-            from local_timer import watchdog_expires
-
-            def work(seconds):
-                with watchdog_expires(after=0.3, client=server.client()):
-                    watchdog_expires(after=0.3, client=server.client())(time.sleep)(seconds)
-
-            with local_timer.LocalTimerServer() as server:
-                context = multiprocessing.get_context("fork")
-                workers = [context.Process(target=work, args=(seconds,)) for seconds in (0, 0.1, 600)]
-                for worker in workers: worker.start()
-                for worker in workers: worker.join(10)
-                print([worker.exitcode for worker in workers])
-        """)
-    )
-    assert output == "[0, 0, -9]\n"
-
-
-def test_the_cost_of_a_request_does_not_grow_with_the_timers() -> None:
-    server = LocalTimerServer(queue.Queue())
-    later = time.monotonic() + 1000
-    me = os.getpid()
-    for number in range(100_000):
-        server.register_timers([TimerRequest(me, f"call {number}", later), TimerRequest(me, f"call {number}", -1)])
-    assert not server._timers
-    assert len(server._heap) < 5000  # the tuples of ended timers don't pile up
-    server.register_timers([TimerRequest(me, "a", 5.0), TimerRequest(me, "b", 4.0), TimerRequest(me, "c", later)])
-    assert [r.scope_id for r in server.get_expired_timers(10.0)[me]] == ["b", "a"]
-    assert [r.scope_id for r in server.get_expired_timers(10.0)[me]] == ["b", "a"]
-    server.clear_timers({me})
-    assert not server._timers and not server.get_expired_timers(later)
-
-
-# ----------------------------------------------------------------------------------------------------- the decorator
-
-
-def test_decorating_keeps_the_function(server: LocalTimerServer) -> None:
-    configure(server.client())
-
-    @watchdog_expires(after=30)
+@runs("""
+    import asyncio, inspect
+    class Loud(LocalTimerClient):
+        def acquire(self, *of): heard.append(of), super().acquire(*of)
+    @watchdog_expires(5)
     def add(a: int, *more: int, scale: int = 1) -> int:
         "Add."
         return (a + sum(more)) * scale
+    @expires(5)
+    async def double(a): return 2 * a
 
-    @expires(after=30)
-    async def slow_add(a: int, b: int) -> int:
-        return a + b
-
-    assert add(1, 2, 3, scale=2) == 12
-    assert (add.__name__, add.__doc__, add.__wrapped__.__name__) == ("add", "Add.", "add")  # type: ignore[attr-defined]
-    assert inspect.iscoroutinefunction(slow_add) and asyncio.run(slow_add(1, b=2)) == 3
-    assert expires is watchdog_expires
-    assert watchdog_expires(after=None)(add) is add
-
-
-class Recorder(list, TimerClient):  # type: ignore[type-arg]
-    """A client of the user's own, which is empty at first: bool() of it is False."""
-
-    def acquire(self, scope_id: str, expiration_time: float) -> None:
-        self.append(("acquire", scope_id, expiration_time))
-
-    def release(self, scope_id: str) -> None:
-        self.append(("release", scope_id))
-
-
-def test_the_client_is_looked_up_at_the_call_and_a_given_one_goes_first() -> None:
-    first, second, own = Recorder(), Recorder(), Recorder()
-    call = watchdog_expires(after=5)(lambda: None)
-    block = watchdog_expires(after=5)
-    for client in (first, second):
-        configure(client)
-        call()
-        with block:
-            pass
-        assert [event[0] for event in client] == ["acquire", "release"] * 2
-    watchdog_expires(after=5, client=own)(lambda: None)()
-    with watchdog_expires(5, "mine", own):
-        pass
-    assert [event[0] for event in own] == ["acquire", "release"] * 2 and own[2][1] == own[3][1] == "mine"
-    assert len(second) == 4
+    block, heard, first, second, own = watchdog_expires(5), [], Recorder(), Recorder(), Recorder()
+    assert (add.__name__, add.__doc__) == ("add", "Add.") and "(a: int, *more: int" in str(inspect.signature(add))
+    assert inspect.iscoroutinefunction(double) and expires is watchdog_expires and watchdog_expires(None)(abs)(-2) == 2
+    with LocalTimerServer(board := Scoreboard()) as server:
+        for client in first, server.client(), Loud(board), second:
+            configure(client)
+            assert add(1, 2, 3, scale=2) == 12 and asyncio.run(double(2)) == 4
+            with block, watchdog_expires(5) as timer: timer.reset()
+    assert len(heard) == 5 == len(first) - len(first.names()) and len(set(second.names())) == 4
+    assert abs(second[-3][2] - time.monotonic() - 5) < 2
+    for scope in None, "mine":
+        watchdog_expires(after=5, client=own, scope=scope)(len)("")
+        with watchdog_expires(5, scope, own): pass
+    assert len(second) == 9 and len(set(own.names())) == 3 and own.names()[2:] == ["mine", "mine"]
+""")
+def test_the_function_is_kept_and_the_client_looked_up_at_the_call_if_none_was_given(result: Result) -> None:
+    assert result == (0, "", "")
 
 
-def test_a_timer_is_named_so_that_a_reader_finds_it() -> None:
-    client = Recorder()
-
-    class Model:
-        @watchdog_expires(after=30, client=client)
-        def fit(self) -> None: ...
-
-    line = sys._getframe().f_lineno - 3
-    Model().fit()
-    name = client[0][1]
-    assert name.startswith("test_local_timer.test_a_timer_is_named_so_that_a_reader_finds_it.<locals>.Model.fit")
-    assert f" (test_local_timer.py:{line}, limit 30 s) #" in name
-    with watchdog_expires(after=0.5, client=client):
-        line = sys._getframe().f_lineno - 1
-    name = client[2][1]
-    assert name.startswith("test_local_timer.test_a_timer_is_named_so_that_a_reader_finds_it (")
-    assert f"(test_local_timer.py:{line}, limit 0.5 s) #" in name
-    assert client[2][1] == client[3][1] != client[0][1]
-
-
-def test_a_name_made_by_the_library_is_shortened_to_fit_a_record() -> None:
-    pipe = RequestPipe()
-    namespace: dict[str, Any] = {"__name__": "größe" * 100, "watchdog_expires": watchdog_expires}
-    source = f"@watchdog_expires(5)\ndef {'中' * 600}(): pass\ncall = {'中' * 600}\nblock = watchdog_expires(5)"
-    exec(compile(source, "/a/" + "文" * 80 + ".py", "exec"), namespace)
-    configure(LocalTimerClient(pipe))
-    namespace["call"]()
-    with namespace["block"]:
-        pass
-    assert pipe.qsize() == 4
-
-
-def test_a_block_that_is_entered_twice_at_once_is_an_error() -> None:
-    timer = watchdog_expires(after=5, client=Recorder())
-    with pytest.raises(RuntimeError, match="inside the block"):
-        timer.reset()
-    with timer:
-        with pytest.raises(RuntimeError, match="running already"), timer:
-            pass
-        timer.reset()
-    with timer:
-        pass
-
-
-def test_a_failing_acquire_leaves_the_block_ready_for_another_try() -> None:
+@runs("""
     class Broken(Recorder):
-        def acquire(self, scope_id: str, expiration_time: float) -> None:
-            super().acquire(scope_id, expiration_time)
-            raise BrokenPipeError("gone")
+        def acquire(self, *of): super().acquire(*of); raise BrokenPipeError("gone")
 
-    client = Broken()
-    timer = watchdog_expires(after=5, client=client)
+    timer, broken = watchdog_expires(after=5, client=Recorder()), Broken()
     for _ in range(2):
-        with pytest.raises(BrokenPipeError), timer:
-            pass
-    with pytest.raises(BrokenPipeError):
-        watchdog_expires(after=5, client=client)(lambda: None)()
-    assert [event[0] for event in client] == ["acquire", "release"] * 3
+        try: timer.reset()
+        except RuntimeError as error: print(error)
+        try:
+            with timer, timer: pass
+        except RuntimeError as error: print(error)
+    timer = watchdog_expires(after=5, client=broken)
+    for use in timer.__enter__, timer.__enter__, timer(len):
+        try: use()
+        except BrokenPipeError: print(len(broken.names()))
+""")
+def test_a_timer_object_is_entered_once_at_a_time_and_survives_a_failing_client(result: Result) -> None:
+    assert re.fullmatch(r"(.*inside the block\n.*this timer is running.*\n){2}1\n2\n3\n", result.output)
 
 
-def test_an_object_that_is_dropped_in_its_block_releases_its_timer() -> None:
-    client = Recorder()
-    watchdog_expires(after=5, client=client).__enter__()
-    gc.collect()
-    assert [event[0] for event in client] == ["acquire", "release"]
-
-
-def test_a_heartbeat_of_another_thread_revives_no_ended_timer(server: LocalTimerServer) -> None:
-    configure(server.client())
-    current: list[watchdog_expires] = []
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.is_set():
-            with contextlib.suppress(RuntimeError, IndexError):
-                current[0].reset()
-
-    beating = threading.Thread(target=beat)
-    beating.start()
-    switch_interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    for _ in range(2000):
-        with watchdog_expires(after=1000) as timer:
-            current[:] = [timer]
-    sys.setswitchinterval(switch_interval)
-    done.set()
-    beating.join()
-    wait_until(lambda: not server._timers)
-
-
-def test_a_copy_of_a_guarded_function_shares_no_timer_with_it() -> None:
-    client = Recorder()
-    call: Any = watchdog_expires(after=5, client=client)(function)
-    call()
-    cells = dict(zip(call.__code__.co_freevars, (cell.cell_contents for cell in call.__closure__)))
-    assert list(cells["take"].__self__) == [client[0][1]]
-    take, give_back = pickle.loads(pickle.dumps((cells["take"], cells["give_back"])))  # as Ray and Dask copy closures
-    assert take.__self__ is give_back.__self__ and not take.__self__
-
-
-def test_after_configure_none_a_guarded_call_names_both_ways_out() -> None:
-    configure(Recorder())
-    configure(None)
-    with pytest.raises(RuntimeError, match=r"configure\(client\).*start_watchdog\(\)"):
-        watchdog_expires(after=5)(lambda: None)()
-    with pytest.raises(RuntimeError, match="configure"), watchdog_expires(after=5):
-        pass
-
-
-def function() -> None: ...
-
-
-def generator() -> Iterator[None]:
-    yield
-
-
-async def async_generator() -> Any:
-    yield
-
-
-too_long = "x" * 600
-nonsense: Any = "nonsense"
-nonsense_scope: Any = 7
-a_function: Any = function
-INFINITE = [math.nan, math.inf]
-BAD_USE: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
-    "after as text": (lambda: watchdog_expires(nonsense), TypeError, r"@watchdog_expires\(after=30\)"),
-    "no parentheses": (lambda: watchdog_expires(a_function), TypeError, r"@watchdog_expires\(after=30\)"),
-    "a generator": (lambda: watchdog_expires(5)(generator), TypeError, "with watchdog_expires"),
-    "an async generator": (lambda: watchdog_expires(5)(async_generator), TypeError, "with watchdog_expires"),
-    "a class": (lambda: watchdog_expires(5)(Recorder), TypeError, "function or a method"),
-    "a classmethod": (lambda: watchdog_expires(5)(classmethod(a_function)), TypeError, "above its def"),  # type: ignore[arg-type]
-    "a staticmethod": (lambda: watchdog_expires(5)(staticmethod(a_function)), TypeError, "above its def"),
-    "not callable": (lambda: watchdog_expires(5)(nonsense), TypeError, "function or a method"),
-    "a number as scope": (lambda: watchdog_expires(5, scope=7), TypeError, "str"),  # type: ignore[arg-type]
-    "a number as scope of a client": (
-        lambda: LocalTimerClient(RequestPipe()).acquire(nonsense_scope, 5.0),
-        TypeError,
-        "scope_id must be a str",
-    ),
-    "a long scope": (lambda: watchdog_expires(5, scope=too_long), ValueError, "too long"),
-    "no client": (lambda: watchdog_expires(5, client=nonsense), TypeError, "TimerClient"),
-    "no client to configure": (lambda: configure(nonsense), TypeError, "TimerClient"),
-    "a class to configure": (lambda: configure(LocalTimerClient), TypeError, "TimerClient"),  # type: ignore[arg-type]
-    "a client without a queue": (lambda: LocalTimerClient(nonsense), TypeError, "queue"),
-    "a server without a queue": (lambda: LocalTimerServer(nonsense), TypeError, "queue"),
-    "a server on SimpleQueue": (lambda: LocalTimerServer(multiprocessing.SimpleQueue), TypeError, "queue"),
-    "a long scope in put": (lambda: RequestPipe().put(TimerRequest(1, too_long, 1.0)), ValueError, "too long"),
-    "no pid in put": (lambda: RequestPipe().put(TimerRequest("me", "a", 1.0)), TypeError, "str"),
-    "no request in put": (lambda: RequestPipe().put(nonsense), AttributeError, "scope_id"),
-    "signum of the watchdog": (lambda: local_timer.start_watchdog(signum=0), ValueError, "signum"),
-    "grace of the watchdog": (lambda: local_timer.start_watchdog(grace=-1), ValueError, "grace"),
-}
-for bad in (0, -1, 10**400, *INFINITE):
-    BAD_USE[f"after={str(bad)[:5]}"] = functools.partial(watchdog_expires, bad), ValueError, "positive"
-for bad in (0, -1, *INFINITE):
-    BAD_USE[f"max_interval={bad}"] = functools.partial(LocalTimerServer, None, bad), ValueError, "max_interval"
-for bad in (-1, *INFINITE):
-    BAD_USE[f"grace={bad}"] = functools.partial(LocalTimerServer, grace=bad), ValueError, "grace"
-for bad in (0, -9, 999, *([signal.SIGRTMIN + 1] if LINUX else ())):
-    BAD_USE[f"signum={bad}"] = functools.partial(LocalTimerServer, signum=bad), ValueError, "signum"
-
-
-@pytest.mark.parametrize(("use", "error", "says"), BAD_USE.values(), ids=BAD_USE)
-def test_bad_use_is_told_where_it_was_made(use: Callable[[], object], error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
-        use()
-
-
-@pytest.mark.parametrize("deadline", [time.time(), time.time() + 30, -1.0, math.nan, math.inf])
-def test_a_deadline_that_is_not_on_the_monotonic_clock_is_told(deadline: float) -> None:
-    client = LocalTimerClient(RequestPipe())
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"time\.monotonic\(\)"):
-            client.acquire("step", deadline)
-        client.acquire("step", time.monotonic() + 5)  # the second time on the fast path
-
-
-def test_windows_is_told_at_the_import(program: Program) -> None:
-    result = program.run("import os; os.name = 'nt'; import local_timer")
-    assert "ImportError" in result.stderr and "POSIX" in result.stderr
-
-
-def test_only_the_standard_library_is_imported() -> None:
-    tree = ast.parse((HERE / "local_timer.py").read_text(encoding="utf-8"))
-    for block in [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]:
-        tree.body.remove(block)
-    modules = {
-        name.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
-    }
-    modules |= {str(node.module).partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    if sys.version_info >= (3, 10):
-        assert modules <= sys.stdlib_module_names
-    assert "typing" not in modules
-
-
-def test_numbers_that_behave_like_seconds_are_seconds() -> None:
-    from decimal import Decimal
-    from fractions import Fraction
+@runs("""
+    import asyncio, builtins, pickle, types
+    def function(x): return x + 1
+    async def coroutine(x): return x + 1
 
     client = Recorder()
-    for after in (1, True, Fraction(1, 2), Decimal("0.5")):
-        with watchdog_expires(after=after, client=client):  # type: ignore[arg-type]
-            pass
-    assert len(client) == 8
+    with LocalTimerServer() as server:
+        for guarded in watchdog_expires(after=30)(function), watchdog_expires(after=30)(coroutine):
+            code, names, copies = guarded.__code__, guarded.__globals__, [guarded]
+            names = {name: names[name] for name in code.co_names if name in names}
+            parts = pickle.dumps((tuple(cell.cell_contents for cell in guarded.__closure__), names))
+            for _ in range(2):  # as cloudpickle does it for Ray and Dask
+                cells, names = pickle.loads(parts)
+                names["__builtins__"] = builtins
+                copies.append(types.FunctionType(code, names, "copy", None, tuple(map(types.CellType, cells))))
+            for each in client, server.client():
+                configure(each)
+                for copy in copies: assert (copy(2) if guarded.__name__ == "function" else asyncio.run(copy(2))) == 3
+    print(len(set(client.names())))
+""")
+def test_a_guarded_function_can_travel_by_value_and_shares_no_timer_with_its_copies(result: Result) -> None:
+    assert result == (0, "6\n", "")
 
 
-INTERRUPTS = """
-    import local_timer, random, signal, sys, time
-    from local_timer import watchdog_expires
-
-    def interrupt(signum, frame):
-        raise KeyboardInterrupt
-
-    @watchdog_expires(after=60)
-    def call():
-        pass
-
-    def block():
-        with watchdog_expires(after=60):
-            pass
-
-    def named_block():
-        with watchdog_expires(after=60, scope="named") as timer:
-            timer.reset()
-
-    with local_timer.LocalTimerServer() as server:
-        local_timer.configure(server.client())
-        signal.signal(signal.SIGALRM, interrupt)
-        interrupted = 0
-        span = 4e-5
-        while interrupted < int(sys.argv[1]):
-            guarded = random.choice([call, block, named_block])
-            try:
-                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, span))
-                for _ in range(3):
-                    guarded()
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except KeyboardInterrupt:
-                interrupted += 1
-        call()
-        block()
-        give_up = time.monotonic() + 5
-        while server._timers and time.monotonic() < give_up:
-            time.sleep(0.01)
-        print(interrupted, server._timers)
+BAD_USE = """
+watchdog_expires({'text', call})                                   TypeError     @watchdog_expires(after=30)
+watchdog_expires({0, -1, 10**400, math.nan, math.inf, -math.inf})  ValueError    positive
+watchdog_expires(5)({lambda: (yield), async_generator})            TypeError     with watchdog_expires(
+watchdog_expires(5)({Scoreboard, 'text', classmethod(call)})        TypeError     above its def
+watchdog_expires(5, client={'text', lt.LocalTimerClient})          TypeError     TimerClient
+watchdog_expires(5, scope='ü' * 101)                               ValueError    200 bytes
+configure({'text', lt.LocalTimerClient})                           TypeError     TimerClient
+configure(None) or call()                                          RuntimeError  configure(client)
+configure(None) or watchdog_expires(5).__enter__()                 RuntimeError  start_watchdog()
+acquire('x' * 201, 5.0)                                            ValueError    200 bytes
+acquire('a', {time.time(), time.time() + 30, -1.0, math.nan})      ValueError    time.monotonic()
+acquire('a', {time.time(), math.inf}, multiprocessing.Queue)      ValueError    time.monotonic()
+lt.LocalTimerClient('text')                                        TypeError     queue
+lt.LocalTimerServer('text')                                        TypeError     queue
+lt.LocalTimerServer(None, {0, -1, math.nan, math.inf})             ValueError    max_interval
+lt.LocalTimerServer(grace={-1, math.nan, math.inf})                ValueError    grace
+lt.LocalTimerServer(signum={0, -9, 999})                           ValueError    signum
+lt.start_watchdog(signal.SIGINT)                                   TypeError     signum=
+lt.start_watchdog(signum=0)                                        ValueError    signum
+lt.start_watchdog(grace=-1)                                        ValueError    grace
 """
 
 
-def test_an_interrupt_at_any_instant_leaves_no_timer_behind(program: Program) -> None:
-    count = full_size(400, 2000)
-    assert succeed(program.run(INTERRUPTS, count)) == f"{count} {{}}\n"
+def acquire(name: str, deadline: float, make: Callable[[], Any] = Scoreboard) -> None:
+    lt.LocalTimerClient(make()).acquire(name, deadline)
+
+
+async def async_generator() -> AsyncIterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("line", BAD_USE.strip().splitlines())
+def test_bad_use_is_told_where_it_was_made(line: str) -> None:
+    call = watchdog_expires(after=5)(len)
+    use, error, says = re.split("  +", line)
+    before, bad, after = re.split("[{}]", use) if "{" in use else (use, "", "")
+    for each in bad.split(", "):
+        with pytest.raises(eval(error), match=re.escape(says)):
+            eval(before + each + after, {**globals(), "call": call})
+
+
+@pytest.mark.parametrize("line", ["os.name = 'nt'  # Windows", "sys.version_info = (3, 8)  # CPython 3.9 or later"])
+def test_a_system_that_it_can_not_run_on_is_named_at_the_import(line: str) -> None:
+    command = [sys.executable, "-c", f"import os, sys; {line}\nimport local_timer"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE)
+    assert "ImportError" in ended.stderr and line.partition("# ")[2] in ended.stderr
+
+
+def test_only_the_standard_library_is_imported_and_python_3_8_can_read_the_file() -> None:
+    tree = ast.parse((HERE / "local_timer.py").read_text(encoding="utf-8"), feature_version=(3, 8))
+    tree.body = [node for node in tree.body if not isinstance(node, ast.If) or "typing" not in ast.unparse(node)]
+    modules = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    if sys.version_info >= (3, 10):
+        assert {module.partition(".")[0] for module in modules} <= sys.stdlib_module_names
 
 
 # --------------------------------------------------------------------------------------------- the watchdog process
 
-TRAIN = """
-    from local_timer import watchdog_expires
-    import collections, itertools
 
+def assert_it_hung_in_step(errors: str) -> None:
+    told = r"local_timer: SIGABRT for pid \d+: train.step \(train.py:2, limit 0.3 s\) is still running after (.*) s\n"
+    assert 0.3 <= float(*re.findall(told, errors)) < 5
+    assert errors.count("Fatal Python error: Aborted") == errors.count('train.py", line 3 in step\n') == 1
+
+
+@pytest.mark.parametrize("how", ["script", "pytest", "fork", "spawn", "forkserver"])
+@runs("""
     @watchdog_expires(after=0.3)
-    def step():
-        collections.deque(itertools.repeat(0), maxlen=0)
+    def step(): hold_the_gil()
+    def test_step(): step()
 
-    {start}
-"""
-
-
-def assert_it_hung_in_step(result: subprocess.CompletedProcess[str]) -> None:
-    lines = [line for line in result.stderr.splitlines() if line.startswith("local_timer: SIGABRT for pid ")]
-    assert len(lines) == 1, result.stderr
-    assert ".step (train.py:5, limit 0.3 s) #1 is " in lines[0] and lines[0].endswith(" ms late")
-    assert "Fatal Python error: Aborted" in result.stderr
-    assert 'train.py", line 7 in step' in result.stderr
-
-
-@pytest.mark.parametrize("how", ["script", "module"])
-def test_a_program_of_one_file_prints_where_it_hangs_and_dies(how: str, program: Program) -> None:
-    path = program.write(TRAIN.format(start="step()"))
-    result = finish(program.start(path) if how == "script" else program.start("-m", "train"))
-    assert result.returncode == -signal.SIGABRT
-    assert_it_hung_in_step(result)
-    assert "train.step (" in result.stderr
+    if __name__ == "__main__":
+        if sys.argv[1] == "script": step()
+        if sys.argv[1] == "pytest":
+            for capture in "fd", "no":
+                command = [sys.executable, "-m", "pytest", f"--capture={capture}", "-p", "no:cacheprovider", __file__]
+                ended = subprocess.run(command, capture_output=True, text=True)
+                assert ended.returncode == -6 and "line 3 in step" in ended.stderr
+            raise SystemExit(ended.stderr)
+        context = multiprocessing.get_context(sys.argv[1])
+        with context.Pool(1) as pool:  # whose workers are daemonic
+            pid, lost = pool.apply(os.getpid), pool.apply_async(step)
+            assert pool.apply(os.getpid) != pid
+""")
+def test_a_program_however_started_prints_where_it_hangs_and_dies(how: str, result: Result) -> None:
+    assert result[:2] == ({"script": -signal.SIGABRT, "pytest": 1}.get(how, 0), "")
+    assert_it_hung_in_step(result.errors)
 
 
-WAYS_TO_START = {
-    "process": "p = mp.get_context(METHOD).Process(target=step); p.start(); p.join(); print(p.exitcode)",
-    "daemonic child": """
-        p = mp.get_context(METHOD).Process(target=step, daemon=True); p.start(); p.join(); print(p.exitcode)
-    """,
-    "executor": """
-        from concurrent.futures import ProcessPoolExecutor
-        from concurrent.futures.process import BrokenProcessPool
-        with ProcessPoolExecutor(1, mp_context=mp.get_context(METHOD)) as pool:
-            try: pool.submit(step).result()
-            except BrokenProcessPool: print(-6)
-    """,
-    "pool": """
-        with mp.get_context(METHOD).Pool(1) as pool:
-            pid = pool.apply(os.getpid)
-            try: pool.apply_async(step).get(timeout=1.2)
-            except mp.TimeoutError: print(-6 if pool.apply(os.getpid) != pid else "the same worker")
-    """,
-}
+@runs("""  # takes 5 s
+    from pathlib import Path
+    def demo():
+        command = [sys.executable, "-m", "myapp._vendor.local_timer"]
+        ended = subprocess.run(command, env={}, capture_output=True, text=True)
+        print(ended.returncode, *map(ended.stdout.count, ("\\nok  ", "\\nFAIL", 'local_timer.py", line')))
+
+    copy = Path("my apps \\u00fc/myapp/_vendor/local_timer.py").resolve()
+    source = Path(local_timer.__file__).read_text()
+    copy.parent.mkdir(parents=True), copy.write_text(source)
+    train = "from ._vendor.local_timer import *\\n@watchdog_expires(after=0.3)\\ndef step():\\n while True: pass"
+    (copy.parent.parent / "train.py").write_text(train)
+    os.chdir(copy.parent.parent.parent)
+    main = "import os, myapp.train; os.chdir('/'); myapp.train.step()"
+    print(subprocess.run([sys.executable, "-c", main]).returncode), demo()
+    copy.write_text(source.replace("time.sleep(60", "time.sleep(0"))  # so that who should be asleep is not
+    demo()
+""")
+def test_it_works_wherever_it_was_vendored_and_the_demo_tells_whether_it_does(result: Result) -> None:
+    vendored, good, broken = result.output.splitlines()
+    assert vendored == "-6" and good[:5] == "0 7 0" and good[6:] != "0" and broken[:2] == "1 " and broken[4] != "0"
+    assert all(text in result.errors for text in ("myapp.train.step (train.py:2, limit", 'train.py", line 4 in step'))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("way", WAYS_TO_START)
-def test_a_worker_however_started_prints_where_it_hangs_and_dies(way: str, method: str, program: Program) -> None:
-    everyday = {("process", "spawn"), ("daemonic child", "fork"), ("pool", "fork")}
-    if not FULL and way != "executor" and (way, method) not in everyday:
-        pytest.skip("at full size only")
-    body = textwrap.dedent(WAYS_TO_START[way]).replace("METHOD", repr(method))
-    main = "if __name__ == '__main__':\n    import multiprocessing as mp, os\n" + textwrap.indent(body, "    ")
-    result = program.run(textwrap.dedent(TRAIN).format(start="") + main)
-    assert succeed(result) == "-6\n"
-    assert_it_hung_in_step(result)
+@pytest.mark.parametrize("line", ["sys.path.insert(0, 'b.zip')", "sys.executable = ''", "sys.frozen = True"])
+@runs("""
+    import zipfile
+    with zipfile.ZipFile("b.zip", "w") as bundle: bundle.write(local_timer.__file__, "local_timer.py")
+    sys.modules.pop("local_timer"), exec(sys.argv[1])
+    import local_timer
+    try: local_timer.watchdog_expires(after=5)(print)("not called")
+    except RuntimeError as error: print(error)
+""")
+def test_where_no_interpreter_can_be_started_an_error_names_the_way_out(line: str, result: Result) -> None:
+    assert result.status == 0 and "LocalTimerServer" in result.output and "not called" not in result.output
 
 
-@pytest.mark.parametrize("capture", ["fd", "no"])
-def test_a_test_that_hangs_under_pytest_prints_where(capture: str, program: Program) -> None:
-    program.write(textwrap.dedent(TRAIN).format(start="def test_step(): step()"))
-    result = finish(program.start("-m", "pytest", f"--capture={capture}", "-p", "no:cacheprovider", "train.py"))
-    assert result.returncode == -signal.SIGABRT
-    assert 'train.py", line 7 in step' in result.stderr
-    if capture == "no":
-        assert_it_hung_in_step(result)
-
-
-def test_the_file_works_wherever_it_was_vendored(program: Program) -> None:
-    vendored = program.folder / "my apps ü" / "myapp" / "_vendor" / "local_timer.py"
-    vendored.parent.mkdir(parents=True)
-    shutil.copy(HERE / "local_timer.py", vendored)
-    source = textwrap.dedent(TRAIN).replace("from local_timer", "from myapp._vendor.local_timer").format(start="")
-    program.write(source, "my apps ü/myapp/train.py")
-    program.write(
-        "import sys, os; sys.path.insert(0, '.'); import myapp.train; os.chdir('/'); myapp.train.step()",
-        "my apps ü/main.py",
-    )
-    folder = program.folder / "my apps ü"
-    demo = program.start("-m", "myapp._vendor.local_timer", cwd=folder, env={"PYTHONPATH": ""})
-    result = finish(program.start("main.py", cwd=folder, env={"PYTHONPATH": ""}))
-    assert result.returncode == -signal.SIGABRT
-    assert_it_hung_in_step(result)
-    assert "ok    is asleep" in succeed(finish(demo))
-
-
-def test_where_no_interpreter_can_be_started_an_error_names_the_way_out(program: Program) -> None:
-    with zipfile.ZipFile(program.folder / "bundle.zip", "w") as bundle:
-        bundle.write(HERE / "local_timer.py", "local_timer.py")
-    for line in ("sys.path.insert(0, 'bundle.zip')", "sys.executable = ''", "sys.frozen = True"):
-        result = program.run(f"""
-            import sys
-            {line}
-            from local_timer import watchdog_expires
-            watchdog_expires(after=5)(print)()
-        """)
-        assert result.returncode == 1
-        assert "RuntimeError" in result.stderr and "LocalTimerServer" in result.stderr
-        assert not result.stdout
-
-
-def test_start_watchdog_again_replaces_nothing_that_works(program: Program) -> None:
-    output = succeed(
-        program.run("""
-            import local_timer, signal, subprocess, os
-            def children(): return subprocess.run(["pgrep", "-cf", "--", f"-P{os.getpid()}"], capture_output=True)
-            first = local_timer.start_watchdog(signum=signal.SIGUSR1, grace=2)
-            assert local_timer.start_watchdog(signum=signal.SIGUSR1, grace=2.0) is first
+@pytest.mark.parametrize("when", ["in a destructor", "in a destructor, decorated there", "at exit"])
+@runs("""
+    import atexit
+    class Late:
+        def __del__(self):
             try:
-                local_timer.start_watchdog()
-            except RuntimeError as error:
-                print(error)
-            local_timer.configure(None)
-            second = local_timer.start_watchdog()
-            assert second is not first and second._child != first._child
-            del first
-            import time; time.sleep(0.5)
-            assert os.waitpid(-1, os.WNOHANG)[0], "the first one is gone"
-        """)
-    )
-    assert "SIGUSR1" in output and "configure(None)" in output
+                if "decorated" in when: watchdog_expires(after=5)(os.write)(1, b"called")
+                with watchdog_expires(after=5): write(1, b"called")
+            except RuntimeError as error: os.write(1, str(error).encode())
+
+    when, write = sys.argv[1], watchdog_expires(after=5)(os.write)
+    if when == "at exit": atexit.register(hang)
+    else: late = Late()
+""")
+def test_a_guarded_call_at_the_end_of_the_interpreter_is_guarded_or_told(when: str, result: Result) -> None:
+    told = (result.status, result.errors) == (0, "") and "LocalTimerServer" in result.output
+    assert result.status == -signal.SIGABRT if when == "at exit" else told
 
 
 @linux_only
-def test_threads_that_make_their_first_call_at_once_start_one_watchdog(program: Program) -> None:
-    output = succeed(
-        program.run("""
-            import local_timer, os, threading, time
-            barrier = threading.Barrier(8)
-            clients = []
-            @local_timer.watchdog_expires(after=30)
-            def call(): clients.append(local_timer._Process.client)
-            def first():
-                barrier.wait()
-                call()
-            threads = [threading.Thread(target=first) for _ in range(8)]
-            for thread in threads: thread.start()
-            for thread in threads: thread.join()
-            with open(f"/proc/self/task/{os.getpid()}/children") as file: children = file.read().split()
-            print(len(set(map(id, clients))), len([pid for pid in children]) )
-        """)
-    )
-    assert output in ("1 1\n", "1 0\n")  # a thread's children are listed with the thread, which may be gone
+@runs("""
+    first = start_watchdog(signum=signal.SIGUSR1, grace=2)
+    assert start_watchdog(signum=signal.SIGUSR1, grace=2.0) is first
+    second = acquire(first, 0.7) and start_watchdog()
+    assert second is not first and start_watchdog() is second
+    with watchdog_expires(after=30): wait_until(lambda: len(watchdogs()) == 2)
+    signal.signal(signal.SIGUSR1, lambda *_: print("expired"))
+    time.sleep(1), first.release("named")
+    del first
+    gc.collect(), wait_until(lambda: len(watchdogs()) == 1), configure(None), start_watchdog(), hang()
+""")
+def test_start_watchdog_again_replaces_nothing_that_works(result: Result) -> None:
+    assert result[:2] == (-signal.SIGABRT, "expired\n")
 
 
-def test_forked_children_share_the_watchdog_of_their_parent(program: Program) -> None:
-    result = program.run("""
-        import local_timer, os, time
-        from local_timer import watchdog_expires
-        call = watchdog_expires(after=0.2)(time.sleep)
-        call(0)
-        client = local_timer._Process.client
-        inode = os.fstat(client._mp_queue._writer).st_ino
-        pid = os.fork()
-        if pid == 0:
-            assert os.fstat(local_timer._Process.client._mp_queue._writer).st_ino == inode
-            call(600)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-        call(0)
-        time.sleep(0.3)
-        print("alive")
-    """)
-    assert succeed(result) == "-6\nalive\n"
-    assert result.stderr.count("SIGABRT for pid") == 1
-
-
-def test_a_watchdog_that_was_killed_is_replaced_at_the_next_call(program: Program) -> None:
-    result = program.run("""
-        import local_timer, os, signal, time
-        from local_timer import watchdog_expires
-        call = watchdog_expires(after=0.3)(time.sleep)
-        for _ in range(5):
-            call(0)
-            client = local_timer._Process.client
-            os.kill(client._child, signal.SIGKILL)
-            time.sleep(0.05)
-        print(len(os.listdir("/dev/fd")))
-        call(600)
-    """)
-    assert result.returncode == -signal.SIGABRT
-    assert result.stderr.count("the watchdog process is lost (exit code -9); starting another") == 5
-    assert "SIGABRT for pid" in result.stderr
-    assert int(result.stdout) < 10
+@linux_only
+@runs("""
+    barrier, call = threading.Barrier(8), watchdog_expires(after=0.4)(time.sleep)
+    for thread in in_threads(*8 * [lambda: (barrier.wait(), call(0))]): thread.join()
+    mine = a_watchdog()
+    print(end_of(fork(call, FOREVER)), end_of(fork(lambda: (call(0), print(watchdogs())))))
+    print(call(0.3), watchdogs() == [mine])
+""")
+def test_threads_and_forked_children_share_one_watchdog(result: Result) -> None:
+    assert result[:2] == (0, "[]\n-6 0\nNone True\n")
 
 
 @linux_only
 @pytest.mark.parametrize("end", ["exit", "SIGKILL", "SIGTERM", "SIGINT to the group", "SIGHUP to the group"])
-def test_no_watchdog_outlives_its_program(end: str, program: Program) -> None:
-    process = program.start(
-        program.write("""
-            import local_timer, sys
-            local_timer.start_watchdog()
-            print(local_timer._Process.client._child, flush=True)
-            sys.stdin.readline()
-        """),
-        stdin=subprocess.PIPE,
-    )
-    assert process.stdout is not None and process.stdin is not None
-    watchdog = int(process.stdout.readline())
-    wait_until(lambda: watchdog in watchdogs())
-    if end == "exit":
-        process.stdin.close()
-        process.stdin = None
-    elif "group" in end:
-        os.killpg(process.pid, getattr(signal, end.split()[0]))
-    else:
-        process.send_signal(getattr(signal, end))
-    finish(process, 10)
-    wait_until(lambda: watchdog not in watchdogs(), 2)
+@runs("""
+    def program():
+        os.setpgid(0, 0), signal.signal(signal.SIGINT, signal.SIG_DFL)
+        watchdog_expires(after=30)(os.read)(ready, 1)
+
+    end, (ready, go) = sys.argv[1].split(), os.pipe()
+    watchdog = a_watchdog(started := fork(program))
+    time.sleep(0.2)
+    if end == ["exit"]: os.write(go, b"x")
+    else: (os.killpg if end[1:] else os.kill)(started, getattr(signal, end[0]))
+    end_of(started)
+    wait_until(lambda: not os.path.exists(f"/proc/{watchdog}"), 5)
+    print("gone")
+""")
+def test_no_watchdog_outlives_its_program(end: str, result: Result) -> None:
+    assert result[:2] == (0, "gone\n")
 
 
-def test_signals_to_the_whole_group_leave_a_surviving_program_guarded(program: Program) -> None:
-    result = program.run(
-        """
-            import local_timer, os, signal, time
-            from local_timer import watchdog_expires
-            signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
-            for signum in signals:
-                signal.signal(signum, lambda *_: None)  # SIG_IGN would be inherited
-            with watchdog_expires(after=0.6):
-                for _ in range(50):
-                    for signum in signals:
-                        os.killpg(0, signum)
-                    time.sleep(0.005)
-                time.sleep(600)
-        """,
-    )
-    assert result.returncode == -signal.SIGABRT
-    assert "lost" not in result.stderr
-
-
-def test_who_reads_the_output_does_not_wait_for_the_watchdog(program: Program) -> None:
-    path = program.write("""
-        import local_timer, os, sys, time
-        local_timer.start_watchdog()
-        pid = os.fork()
-        if pid == 0:  # keeps the watchdog alive, but not the output
-            os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-            time.sleep(2)
-            os._exit(0)
-        time.sleep(0.5)
-        print("done")
-    """)
-    begin = time.monotonic()
-    output = subprocess.run(
-        f"'{sys.executable}' '{path}' | cat", shell=True, capture_output=False, stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(HERE)}, check=True,
-    ).stdout  # fmt: skip
-    assert output == b"done\n"
-    assert time.monotonic() - begin < 1.9
-
-
-SOFT = """
-    import local_timer, signal, sys, time
-    from local_timer import watchdog_expires
-
-    class Overdue(Exception): pass
-    def raise_overdue(signum, frame): raise Overdue
-
-    local_timer.start_watchdog(signum=signal.{signum}, grace=0.3)
-    signal.signal(signal.{signum}, {handler})
-    for _ in range(2):
-        try:
-            with watchdog_expires(after=0.2):
-                while True: time.sleep(0.01)
-        except (KeyboardInterrupt, Overdue) as error:
-            print(type(error).__name__)
-    time.sleep(0.4)
-    print("alive")
-"""
-
-
-@pytest.mark.parametrize(
-    ("signum", "handler", "exit_status", "output"),
-    [
-        ("SIGINT", "signal.default_int_handler", 0, "KeyboardInterrupt\n" * 2 + "alive\n"),
-        ("SIGUSR1", "raise_overdue", 0, "Overdue\n" * 2 + "alive\n"),
-        ("SIGINT", "lambda *_: print('swallowed', flush=True)", -9, "swallowed\n"),
-    ],
-    ids=["SIGINT", "handler that raises", "swallowed"],
-)
-def test_a_soft_limit_end_to_end(signum: str, handler: str, exit_status: int, output: str, program: Program) -> None:
-    result = program.run(SOFT.format(signum=signum, handler=handler))
-    assert (result.returncode, result.stdout) == (exit_status, output), result.stderr
-
-
-def test_a_daemon_stays_guarded_and_its_own_files_clean(program: Program) -> None:
-    mine = program.folder / "mine"
-    result = program.run(
-        f"""
-            import local_timer, os, sys, time
-            from local_timer import watchdog_expires
-            call = watchdog_expires(after=0.4)(lambda seconds: time.sleep(seconds))
-            call(0)
-            if os.fork(): os._exit(0)
-            os.setsid()
-            if os.fork(): os._exit(0)
-            log = os.open({str(mine) + ".log"!r}, os.O_WRONLY | os.O_CREAT)
-            os.dup2(log, 100)
-            os.closerange(0, 100)
-            for number in range(40):
-                os.open({str(mine)!r}, os.O_RDWR | os.O_CREAT)
-            os.dup2(100, 2)
-            for number in range(5):
-                call(0)
-            with watchdog_expires(after=0.4):
-                with open({str(mine) + ".pid"!r}, "w") as file: file.write(str(os.getpid()))
-                time.sleep(600)
-        """
-    )
-    assert result.returncode == 0
-    log = Path(f"{mine}.log")
-    wait_until(lambda: "SIGABRT for pid" in log.read_text())
-    pid = int(Path(f"{mine}.pid").read_text())
-    if LINUX:
-        wait_until(lambda: not Path(f"/proc/{pid}").exists())
-    assert "starting another" in log.read_text()
-    assert mine.read_bytes() == b""
+@runs("""
+    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
+    for signum in signals: signal.signal(signum, lambda *_: None)  # SIG_IGN would be inherited
+    with watchdog_expires(after=0.6):
+        for _ in range(50):
+            for signum in signals: os.killpg(0, signum)
+            time.sleep(0.005)
+        time.sleep(FOREVER)
+""")
+def test_signals_to_the_whole_group_leave_a_surviving_program_guarded(result: Result) -> None:
+    assert result.status == -signal.SIGABRT and "lost" not in result.errors
 
 
 @linux_only
-def test_an_idle_watchdog_is_small_and_sleeps(program: Program) -> None:
-    output = succeed(
-        program.run("""
-            import local_timer, time
-            from local_timer import watchdog_expires
-            call = watchdog_expires(after=30)(lambda: None)
-            begin = time.perf_counter()
-            call()
-            print(time.perf_counter() - begin)
-            time.sleep(0.6)
-            pid = local_timer._Process.client._child
-            def status():
-                with open(f"/proc/{pid}/status") as file:
-                    return dict(line.split(":\\t", 1) for line in file)
-            before = status()["voluntary_ctxt_switches"]
-            time.sleep(1)
-            after = status()
-            print(int(after["VmHWM"].split()[0]), int(after["voluntary_ctxt_switches"]) - int(before))
-        """)
-    )
-    first, rest = output.splitlines()
-    kilobytes, wake_ups = map(int, rest.split())
-    assert float(first) < 0.5  # 5 ms on a quiet machine
-    assert kilobytes <= 20 * 1024
-    assert wake_ups == 0
+@runs("""
+    def program():
+        os.dup2(writer, 1), os.closerange(3, 10), start_watchdog()
+        fork(lambda: (os.close(1), time.sleep(2)))  # keeps the watchdog alive, but not the output
+        time.sleep(0.3), print("done")
+
+    (reader, writer), begin = os.pipe(), time.monotonic()
+    fork(program), os.close(writer)
+    with open(reader, "rb") as output: print(output.read(), time.monotonic() - begin < 1.7)
+    time.sleep(2)
+""")
+def test_who_reads_the_output_does_not_wait_for_the_watchdog(result: Result) -> None:
+    assert result[:2] == (0, "b'done\\n' True\n")
 
 
 @pytest.mark.parametrize("pages", [15, 16])
-def test_a_stderr_that_nobody_reads_does_not_keep_the_watchdog_from_killing(pages: int, program: Program) -> None:
-    process = program.start(
-        program.write("""
-            import local_timer, os, signal, sys, time
-            client = local_timer.start_watchdog(signum=signal.SIGUSR1, grace=0.2)
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-            os.set_blocking(2, False)
-            try:
-                for _ in range(int(sys.argv[1])): os.write(2, b"x" * 4096)
-            except BlockingIOError: pass
-            os.set_blocking(2, True)
-            deadline = time.monotonic() + 0.5
-            for number in range(100):  # in one report, which is longer than a page
-                client.acquire(f"a name of some length, so that it fills the line, {number}", deadline)
-            time.sleep(600)
-        """),
-        pages,
-    )
-    assert process.wait(20) == -signal.SIGKILL
-    process.communicate()
+@runs("""
+    reader, writer = os.pipe()
+    os.dup2(writer, 2)
+    for _ in range(int(sys.argv[1])): os.write(2, b"x" * 4096)
+    client = start_watchdog(signum=signal.SIGUSR1, grace=0.2)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    deadline = time.monotonic() + 0.5
+    for number in range(100):  # in one report, which is longer than a page
+        client.acquire(f"a name of some length, so that it fills the line, {number}", deadline)
+    time.sleep(FOREVER)
+""")
+def test_a_stderr_that_nobody_reads_does_not_keep_the_watchdog_from_killing(pages: int, result: Result) -> None:
+    assert result.status == -signal.SIGKILL
 
 
-def test_a_watchdog_that_was_switched_off_leaves_no_zombie(program: Program) -> None:
-    output = succeed(
-        program.run("""
-            import local_timer, os, time
-            for _ in range(4):
-                local_timer.start_watchdog()
-                local_timer.configure(None)
-                time.sleep(0.3)
-            local_timer.start_watchdog()
-            print(len(local_timer._Process.watchdogs))
-        """)
-    )
-    assert output == "1\n"
-
-
-def namespace(*command: str) -> list[str]:
-    return ["unshare", "--pid", "--fork", "--mount-proc", *command]
-
-
-def can_unshare() -> bool:
-    with contextlib.suppress(OSError):
-        return LINUX and subprocess.run(namespace("true"), capture_output=True, check=False).returncode == 0
-    return False
-
-
-own_namespace = pytest.mark.skipif(not can_unshare(), reason="may not make a pid namespace")
+@pytest.mark.parametrize("closed", ["0", "1", "2", "012"])
+@runs("""
+    for number in map(int, sys.argv[1]): os.close(number)
+    watchdog_expires(after=30)(len)("")
+    assert os.open("mine", os.O_RDWR | os.O_CREAT) < 3
+    watchdog_expires(after=0.4)(hold_the_gil)()
+""")
+def test_a_program_that_has_closed_its_standard_descriptors_is_guarded(closed: str, result: Result) -> None:
+    assert result.status == -signal.SIGABRT
+    assert "2" in closed or ("SIGABRT for pid" in result.errors and "hold_the_gil" in result.errors)
 
 
 @own_namespace
-def test_pid_1_is_warned_and_under_a_small_init_the_kill_works(program: Program) -> None:
-    path = program.write(TRAIN.format(start="import sys; sys.argv[1:] and step() or step.__wrapped__"))
-    run = functools.partial(
-        subprocess.run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)}, check=False
-    )
-    alone = run(namespace(sys.executable, "-c", "import local_timer; local_timer.start_watchdog()"))
-    assert alone.returncode == 0 and "docker run --init" in alone.stderr
-    under_init = run(namespace("sh", "-c", f"'{sys.executable}' '{path}' hang; echo status $?"))
-    assert under_init.stdout.strip() == "status 134"
-    assert "docker run --init" not in under_init.stderr
-    assert_it_hung_in_step(under_init)
+@runs("""  #! unshare --mount
+    for place in "/dev", "/proc": subprocess.run(["mount", "-t", "tmpfs", "no", place], check=True)
+    watchdog_expires(after=0.3)(hold_the_gil)()
+""")
+def test_a_program_without_dev_and_proc_is_guarded(result: Result) -> None:
+    assert result.status == -signal.SIGABRT and "in hold_the_gil" in result.errors
+
+
+@pytest.mark.parametrize("where", ["in the program", "in a forked child", "after start_watchdog", "nowhere"])
+@runs("""  #! env PYTHONFAULTHANDLER=1
+    @watchdog_expires(after=0.3)
+    def step(): hold_the_gil()
+    def work():
+        if where in ("in a forked child", "after start_watchdog"): signal.signal(signal.SIGABRT, signal.SIG_DFL)
+        call(0), step()
+
+    where, call = sys.argv[1], watchdog_expires(after=30)(time.sleep)
+    if where == "in the program": signal.signal(signal.SIGABRT, signal.SIG_DFL)
+    if where == "in a forked child": call(0)
+    if where == "after start_watchdog": start_watchdog()
+    print(end_of(fork(work)))
+""")
+def test_the_stack_is_printed_although_somebody_has_set_sigabrt(where: str, result: Result) -> None:
+    assert result[:2] == (0, "-6\n")
+    assert_it_hung_in_step(result.errors)
+
+
+@runs("""
+    class Overdue(Exception): pass
+    def handler(*_): raise Overdue
+    signal.signal(signal.SIGABRT, handler)
+    for _ in range(2):
+        try: hang()
+        except Overdue: print("unwound")
+""")
+def test_a_handler_of_the_programs_own_for_sigabrt_stays_and_makes_a_soft_limit(result: Result) -> None:
+    assert result[:2] == (0, "unwound\nunwound\n") and "Fatal" not in result.errors
 
 
 @own_namespace
-def test_a_child_in_another_pid_namespace_can_not_name_a_stranger(program: Program) -> None:
-    output = succeed(
-        program.run("""
-            import ctypes, local_timer, os, time
-            server = local_timer.LocalTimerServer()
-            client = server.client()
-            client.acquire("mine", time.monotonic() + 100)
-            if os.fork() == 0:
-                assert ctypes.CDLL(None, use_errno=True).unshare(0x20000000) == 0  # CLONE_NEWPID
-                pid = os.fork()
-                if pid == 0:
-                    try: client.acquire("by another number", time.monotonic())
-                    except BrokenPipeError as error: print(error, flush=True)
-                    os._exit(0)
-                os.waitpid(pid, 0)
-                os._exit(0)
-            os.wait()
-            print(server._mp_queue.qsize())
-        """)
-    )
-    assert "another pid namespace" in output and output.endswith("\n1\n")
+@runs("""  #! unshare --pid --fork --mount-proc
+    start_watchdog()
+    print(os.getpid(), end_of(fork(watchdog_expires(after=0.3)(hold_the_gil))))
+""")
+def test_pid_1_is_warned_and_its_children_are_guarded(result: Result) -> None:
+    assert result[:2] == (0, "1 -6\n") and result.errors.count("docker run --init") == 1
 
 
-@own_namespace
-def test_a_stranger_with_the_pid_of_a_dead_worker_lives(program: Program) -> None:
-    path = program.write("""
-        import local_timer, os, sys, time
-        server = local_timer.LocalTimerServer()
-        server.start()
-        client = server.client()
-        ready, go = os.pipe()
-        worker = os.fork()
-        if worker == 0:
-            client.acquire("died in the block", time.monotonic() + 1.0)
-            os.read(ready, 1)
-            os._exit(0)
-        while not server._timers: time.sleep(0.01)
-        os.write(go, b"x")
-        os.waitpid(worker, 0)
-        with open("/proc/sys/kernel/ns_last_pid", "w") as file: file.write(str(worker - 1))
-        stranger = os.fork()
-        if stranger == 0:
-            time.sleep(1.5)
-            os._exit(7)
-        assert stranger == worker, (stranger, worker)
-        print(os.waitstatus_to_exitcode(os.waitpid(stranger, 0)[1]))
-    """)
-    result = subprocess.run(
-        namespace(sys.executable, str(path)), capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(HERE)}, check=False,
-    )  # fmt: skip
-    assert succeed(result) == "7\n"
+@pytest.mark.parametrize("name", ["train.py", "again.py", "pool.py", "conftest.py"])
+@runs("""  # takes 10 s
+    import pathlib, re
+    name, folder = sys.argv[1], pathlib.Path("readme")
+    readme = (pathlib.Path(local_timer.__file__).parent / "README.md").read_text("utf-8")
+    source, = re.findall(rf"```python\\n(# {name}\\n.*?)```", readme, re.S)
+    folder.mkdir()
+    (folder / name).write_text(source.replace("after=60", "after=1"))
+    deadlock = "import threading\\ndef test_deadlock():\\n    lock = threading.Lock()\\n    with lock, lock: pass\\n"
+    (folder / "test_it.py").write_text(deadlock)
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] if name == "conftest.py" else [name]
+    print(subprocess.run([sys.executable, *command], cwd=folder).returncode)
+""")
+def test_a_program_of_the_readme_does_what_is_said_there(name: str, result: Result) -> None:
+    def plain(text: str) -> str:  # without what differs from run to run
+        return re.sub(r'0x[0-9a-f]+|\d+|(?<=File ").*/', "-", text)
+
+    if name == "train.py":
+        (sample,) = re.findall(r"```text\n\$ python3 train.py\n(.*?)```", (HERE / "README.md").read_text("utf-8"), re.S)
+        assert result.output == "-6\n" and plain(sample) in plain(result.errors)
+    elif name == "again.py":
+        steps = "".join(f"step {number}\n" for number in (0, 1, 2, 0, 1, 2, 3, 4))
+        assert result.output == f"{steps}0\n" and result.errors.count("SIGABRT for pid") == 1
+    elif name == "pool.py":
+        assert result.output == "to do again: [7, 77, 177]\n0\n"
+        for job in (7, 77, 177):
+            assert f": job {job} (pool.py:6, limit 1 s) is still running after 1." in result.errors
+    else:
+        assert result.output.endswith("-6\n")
+        assert ": test_it.py::test_deadlock (conftest.py:12, limit 1 s) is still running after 1." in result.errors
 
 
-# ------------------------------------------------------------------------------------------------- the hard cases
-
-EVERY_HANG = """
-    import asyncio, collections, itertools, multiprocessing, os, signal, sys, threading, time
-    import local_timer
-    from local_timer import watchdog_expires
-
-    def asleep(): time.sleep(600)
-    def in_a_loop():
-        while True: pass
-    def with_the_gil(): collections.deque(itertools.repeat(0), maxlen=0)
-    def in_a_lock():
-        lock = threading.Lock()
-        with lock, lock: pass
-    def reading(): os.read(os.pipe()[0], 1)
-    def waiting():
-        me = os.getpid()
-        pid = os.fork()
-        while pid == 0 and os.getppid() == me: time.sleep(0.05)
-        if pid == 0: os._exit(0)
-        os.waitpid(pid, 0)
-    def stopped():
-        os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(600)
-    def in_a_task():
-        async def never_yields():
-            while True: time.sleep(1)
-        asyncio.run(never_yields())
-    def deaf():
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGALRM, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(600)
-
-    HANGS = [asleep, in_a_loop, with_the_gil, in_a_lock, reading, waiting, stopped, in_a_task, deaf]
-
-    def worker(hang, threaded, client):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        if client is None:
-            local_timer.start_watchdog(grace=0.3)
-        guarded = watchdog_expires(after=0.3, client=client)(hang)
-        if threaded:
-            threading.Thread(target=guarded).start()
-            time.sleep(600)
-        guarded()
-
-    if __name__ == "__main__":
-        method, kind = sys.argv[1:]
-        server = local_timer.LocalTimerServer()
-        if kind == "server": server.start()
-        context = multiprocessing.get_context(method)
-        workers = {}
-        for hang in HANGS:
-            for threaded in (False, True):
-                arguments = hang, threaded, server.client() if kind == "server" else None
-                process = workers[hang.__name__, threaded] = context.Process(target=worker, args=arguments)
-                process.start()
-        give_up = time.monotonic() + 30
-        for name, process in workers.items():
-            process.join(max(0.1, give_up - time.monotonic()))
-            if process.exitcode != (-6 if kind == "watchdog" and name[0] != "stopped" else -9):
-                print("not killed as expected:", name, process.exitcode)
-            process.kill()
-        print("all", len(workers))
-"""
-
-
-@pytest.mark.parametrize("kind", ["server", "watchdog"])
-@pytest.mark.parametrize("method", METHODS)
-def test_no_hang_is_missed(method: str, kind: str, program: Program) -> None:
-    if not FULL and (method, kind) not in {("fork", "server"), ("spawn", "watchdog")}:
-        pytest.skip("at full size only")
-    result = program.run(EVERY_HANG, method, kind)
-    assert succeed(result) == "all 18\n"
-
-
-BUSY_WORKERS = """
-    import local_timer, multiprocessing, os, random, signal, sys, threading, time
-    from local_timer import watchdog_expires
-
-    count, seconds = int(sys.argv[1]), float(sys.argv[2])
-
-    @watchdog_expires(after=2)
-    def work(generator):
-        time.sleep(generator.uniform(0.001, 0.05))
-
-    def busy(end, number):
-        generator = random.Random(number)
-        while time.monotonic() < end:
-            work(generator)
-
-    def worker(end, number):
-        threads = [threading.Thread(target=busy, args=(end, number * 2 + n)) for n in range(2)]
-        for thread in threads: thread.start()
-        for thread in threads: thread.join()
-
-    client = local_timer.start_watchdog(signum=signal.SIGKILL)
-    end = time.monotonic() + seconds
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=worker, args=(end, number)) for number in range(count)]
-    for process in workers: process.start()
-    print(client._child, flush=True)
-    for process in workers: process.join()
-    print([process.exitcode for process in workers if process.exitcode])
-    with watchdog_expires(after=0.2):
-        time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize("disturb", ["nothing", "the server stops", "the whole tree stops"])
-def test_no_healthy_worker_is_killed(disturb: str, program: Program) -> None:
-    if disturb == "nothing" and not FULL:
-        pytest.skip("at full size only")
-    count, seconds = full_size(16, 64), full_size(2, 20)
-    process = program.start(program.write(BUSY_WORKERS), count, seconds)
-    assert process.stdout is not None
-    watchdog = int(process.stdout.readline())
-    generator = random.Random(0)
-    end = time.monotonic() + seconds
-    while disturb != "nothing" and time.monotonic() < end - 0.5:
-        stop, go = signal.SIGSTOP, signal.SIGCONT
-        send = (
-            functools.partial(os.kill, watchdog) if "server" in disturb else functools.partial(os.killpg, process.pid)
-        )
-        send(stop)
-        time.sleep(generator.choice([0.01, 0.1, 0.5, 1.5]))
-        send(go)
-        time.sleep(generator.uniform(0, 0.3))
-    result = finish(process)
-    assert result.stdout == "[]\n", result.stderr
-    assert result.returncode == -signal.SIGKILL
-
-
-MURDER = """
-    import local_timer, multiprocessing, os, random, sys, time
-    from local_timer import watchdog_expires
-    murders = int(sys.argv[1])
-
-    def work(stop):
-        call = watchdog_expires(after=5, client=server.client())(lambda: None)
-        while not stop.value:
-            for _ in range(20): call()
-
-    def hang():
-        with watchdog_expires(after=0.2, client=server.client()): time.sleep(600)
-
-    context = multiprocessing.get_context("fork")
-    with local_timer.LocalTimerServer() as server:
-        stop = context.RawValue('b')  # an Event has a lock, which a killed worker may hold
-        def start():
-            process = context.Process(target=work, args=(stop,))
-            process.start()
-            return process
-        workers = [start() for _ in range(8)]
-        for number in range(murders):
-            time.sleep(random.uniform(0, 0.02))
-            victim = workers.pop(random.randrange(8))
-            assert victim.is_alive(), ("somebody else killed", victim.exitcode)
-            victim.kill()
-            victim.join()
-            workers.append(start())
-        late = context.Process(target=hang)
-        late.start()
-        late.join(10)
-        assert late.exitcode == -9, late.exitcode
-        assert all(process.is_alive() for process in workers)
-        stop.value = 1
-        for process in workers: process.join(10)
-        assert [process.exitcode for process in workers] == [0] * 8
-        give_up = time.monotonic() + 5
-        while (server._timers or server._pidfds) and time.monotonic() < give_up: time.sleep(0.01)
-        print(murders, server._timers, server._pidfds)
-"""
-
-
-def test_writers_that_are_killed_at_any_instant_harm_no_one_else(program: Program) -> None:
-    murders = full_size(60, 2000)
-    result = program.run(MURDER, murders)
-    assert succeed(result) == f"{murders} {{}} {{}}\n"
-    assert "dropped" not in result.stderr  # nothing garbled
-    assert result.stderr.count("SIGKILL for pid") == 1
-
-
-@linux_only
-@pytest.mark.parametrize("limit", [64, 1024] if FULL else [64])
-def test_nothing_grows_with_the_workers_that_come_and_go(limit: int, program: Program) -> None:
-    output = succeed(
-        program.run(
-            """
-                import gc, local_timer, os, resource, sys, time
-                from local_timer import watchdog_expires
-                count, limit = int(sys.argv[1]), int(sys.argv[2])
-                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-                server = local_timer.LocalTimerServer()
-                server.start()
-                client = server.client()
-                def memory():
-                    with open("/proc/self/statm") as file: return int(file.read().split()[1]) * 4096
-                def generation(count):
-                    pids = []
-                    for number in range(count):
-                        pid = os.fork()
-                        if pid == 0:
-                            with watchdog_expires(after=0.5 if number % 3 else 60, client=client):
-                                if number % 3 == 0: os._exit(0)
-                            os._exit(0)
-                        pids.append(pid)
-                        if len(pids) > 40: os.waitpid(pids.pop(0), 0)
-                    for pid in pids: os.waitpid(pid, 0)
-                    give_up = time.monotonic() + 5
-                    while server._pidfds and time.monotonic() < give_up: time.sleep(0.01)
-                generation(200)
-                gc.collect()
-                before = len(os.listdir("/proc/self/fd")), memory()
-                generation(count)
-                gc.collect()
-                after = len(os.listdir("/proc/self/fd")), memory()
-                assert after[0] == before[0], (before, after)
-                assert after[1] - before[1] < 4 << 20, (before, after)
-                pid = os.fork()
-                if pid == 0:
-                    with watchdog_expires(after=0.2, client=client): time.sleep(600)
-                print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-            """,
-            full_size(300, 5000),
-            limit,
-        )
-    )
-    assert output == "-9\n"
-
-
-@linux_only
-def test_hostile_bytes_touch_no_process_outside(program: Program) -> None:
-    output = succeed(
-        program.run(
-            """
-                import local_timer, logging, os, random, struct, subprocess, sys, time
-                from local_timer import watchdog_expires
-                logging.disable(logging.CRITICAL)
-                outside = subprocess.Popen(["sleep", "600"])
-                server = local_timer.LocalTimerServer()
-                server.start()
-                pipe = server._mp_queue
-                victims = []
-                generator = random.Random(int(sys.argv[1]))
-                past = struct.pack(">d", 1.0).hex().encode()
-                def hostile():
-                    return generator.choice([
-                        bytes(generator.choices(range(256), k=generator.randrange(1, 400))),
-                        past + b" -1 all\\n", past + b" 0 group\\n", past + b" 99999999999999999999 huge\\n",
-                        past + b" -%d them\\n" % outside.pid, b"7ff8000000000000 %d nan\\n" % outside.pid,
-                        b"7ff0000000000000 %d inf\\n" % outside.pid, past[:7], past + b" ", b"x" * 9000, b"\\n" * 50,
-                        past + b" " + b"9" * 5000 + b" digits\\n", past + b" 2147483648 pid_t\\n",
-                    ])
-                for number in range(int(sys.argv[2])):
-                    os.set_blocking(pipe._writer, True)
-                    os.write(pipe._writer, hostile())
-                    if number % 50 == 0:
-                        victim = subprocess.Popen(["sleep", "600"])
-                        victims.append(victim)
-                        pipe.put(local_timer.TimerRequest(victim.pid, "good", time.monotonic() + 0.1))
-                    os.write(pipe._writer, hostile())
-                print([victim.wait(10) for victim in victims].count(-9) == len(victims))
-                print(outside.poll())
-                outside.kill()
-                outside.wait()
-                assert len(pipe._rest) <= 512
-                server.stop()
-            """,
-            random.randrange(10**6),
-            full_size(500, 20000),
-        )
-    )
-    assert output == "True\nNone\n"
-
-
-def test_a_pool_gets_its_client_from_the_initializer(server: LocalTimerServer) -> None:
-    for method in METHODS:
-        context: Any = multiprocessing.get_context(method)
-        with ProcessPoolExecutor(1, context, initializer=configure, initargs=(server.client(),)) as pool:
-            assert pool.submit(watched_sleep, 0.0).result() == "slept"
-            with pytest.raises(BrokenProcessPool):
-                pool.submit(watched_sleep, FOREVER).result()
-
-
-@watchdog_expires(after=0.3)
-def watched_sleep(seconds: float) -> str:
-    time.sleep(seconds)
-    return "slept"
-
-
-def test_the_demo_shows_what_becomes_of_each_worker_and_fails_if_one_does_not_end_as_it_should(
-    program: Program,
-) -> None:
-    as_it_is = program.start(HERE / "local_timer.py")
-    source = (HERE / "local_timer.py").read_text(encoding="utf-8")
-    broken = source.replace('"is asleep": (lambda: time.sleep(60),', '"is asleep": (lambda: None,')
-    assert broken != source
-    result = finish(program.start(program.write(broken, "local_timer.py")))
-    assert result.returncode == 1 and result.stdout.count("\nFAIL") == 1
-    output = succeed(finish(as_it_is))
-    assert output.count("\nok  ") == 7 and "FAIL" not in output
-    assert "in _demo_gil" in output and "_demo_gil (local_timer.py:" in output
-
-
-def test_a_full_pipe_that_nobody_reads_for_ten_seconds_is_a_timeout(
-    background: dict[str, subprocess.Popen[str]],
-) -> None:
-    output = succeed(finish(background["nobody_reads"]))
-    assert "no timer server is reading" in output and output.endswith("nor did this\n") and "called" not in output
-
-
-# --------------------------------------------------------------------------------------------------- the benchmark
-
-
-Row = tuple[str, str, str]  # what, measured, goal
-
-
-def torch_timer() -> Any:
-    """Import PyTorch's timer, or return None: late, since a process that carries it takes milliseconds to die."""
-    try:
-        return importlib.import_module("torch.distributed.elastic.timer")
-    except ImportError:
-        return None
-
-
-def verdict(goal: str, kept: bool) -> str:
-    return goal if kept else f"{goal}: MISSED"
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return low, middle, high
-
-
-def cost(call: Callable[[], object], calls: int, rounds: int) -> list[float]:
-    """Return the microseconds of one call in each of so many rounds."""
-    result = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        result.append((time.perf_counter() - begin) / calls * 1e6)
-    return result
-
-
-measured_here: dict[str, float] = {}  # by the rows that a later one is compared with
+# ----------------------------------------------------------------------------------------------------- the benchmark
 
 CALLS = """
-    # What a call costs, in us, while another process reads the pipe: in turn, so that what disturbs one disturbs all.
-    import faulthandler, os, time
-    from local_timer import LocalTimerClient, RequestPipe, configure, watchdog_expires
-
-    pipe = RequestPipe()
-    configure(LocalTimerClient(pipe))
-    data, writer, reader = b"x" * 40, pipe._writer, os.dup(pipe._reader)
-
-    @watchdog_expires(after=30)
-    def call():
-        pass
-
-    def two_writes():
-        os.write(writer, data)
-        os.write(writer, data)
-
+    import asyncio, faulthandler
+    def decorated(): pass
+    def setitimer(): signal.setitimer(signal.ITIMER_REAL, 30), signal.setitimer(signal.ITIMER_REAL, 0)
     def block():
-        with watchdog_expires(after=30):
-            pass
+        with watchdog_expires(after=30): pass
+    def dump_later(): faulthandler.dump_traceback_later(30), faulthandler.cancel_dump_traceback_later()
+    async def timeouts():
+        for _ in range(500):
+            async with asyncio.timeout(30): pass
+    def asyncio_timeout(): loop.run_until_complete(timeouts())  # 500 of them
+    def pytorch():
+        with pytorchs.expires(after=30): pass
 
-    def dump_later():
-        faulthandler.dump_traceback_later(30)
-        faulthandler.cancel_dump_traceback_later()
-
-    if os.fork() == 0:
-        pipe.close()
-        os.set_blocking(reader, True)
-        while os.read(reader, 65536): pass
-        os._exit(0)
-    os.set_blocking(writer, True)
-    call()
-    for first, second, calls in (two_writes, call, 1000), (block, dump_later, 20):
-        for _ in range(300):
-            for measured in first, second:
-                begin = time.perf_counter()
-                for _ in range(calls):
-                    measured()
-                print((time.perf_counter() - begin) / calls * 1e6)
+    cases, costs = {setitimer: 2000, block: 500, dump_later: 20}, collections.defaultdict(list)
+    decorated, loop = watchdog_expires(after=30)(decorated), asyncio.new_event_loop()
+    if hasattr(asyncio, "timeout"): cases[asyncio_timeout] = 1
+    with contextlib.suppress(ImportError):
+        import torch.distributed.elastic.timer as pytorchs
+        pytorchs.LocalTimerServer(mp_queue := fork_context.Queue(), max_interval=0.01).start()
+        pytorchs.configure(pytorchs.LocalTimerClient(mp_queue))
+        cases[pytorch] = 5
+    for case, count in 100 * list(cases.items()):  # in turn: what disturbs one disturbs the other
+        for function, count in (case, count), (decorated, 1000):
+            begin = time.perf_counter()
+            for _ in range(count): function()
+            cost = (time.perf_counter() - begin) / count * 1e6
+            costs[case.__name__, function is case].append(cost / (500 if function is asyncio_timeout else 1))
+    print(dict(costs)), os._exit(0)
 """
 
-
-def outputs(program: str, *arguments: object) -> list[str]:
-    """Run a program of the benchmark: a small process of its own, which is faster than one with pytest in it."""
-    command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=True).stdout.split()
-
-
-def bench_calls() -> Iterator[Row]:
-    costs = list(map(float, outputs(CALLS)))
-    bare, calls, blocks, dumps = costs[:600:2], costs[1:600:2], costs[600::2], costs[601::2]
-    low, ratio, high = quartiles([call / floor for call, floor in zip(calls, bare)])
-    middle = measured_here["call"] = statistics.median(calls)
-    yield (
-        "a guarded call, against two bare 40-byte writes",
-        f"{ratio:.2f} x ({low:.2f} to {high:.2f}); {middle:.1f} us against {statistics.median(bare):.1f} us",
-        verdict("at most 2 x", ratio <= 2),
-    )
-    yield "a `with` block", f"{statistics.median(blocks):.1f} us", ""
-    yield "  faulthandler.dump_traceback_later and cancel", f"{statistics.median(dumps):.1f} us", ""
-
-
-LATENESS = """
-    # How late each of so many hung workers died, in ms, as seen by its parent: small processes, which die fast.
-    import collections, faulthandler, itertools, logging, multiprocessing.connection, os, sys, time
-    import local_timer
-
-    def hang(which, report):
-        deadline = time.monotonic() + 0.05
-        report.send(deadline)
-        if which == "faulthandler":
-            faulthandler.dump_traceback_later(deadline - time.monotonic(), exit=True, file=open(os.devnull, "w"))
-        elif which == "ours":
-            server.client().acquire("hang", deadline)
-        collections.deque(itertools.repeat(0), maxlen=0)
-
-    logging.disable(logging.WARNING)
-    context = multiprocessing.get_context("fork")
-    with local_timer.LocalTimerServer() as server:
-        for number in range(int(sys.argv[2])):
-            deadlines, report = context.Pipe(duplex=False)
-            worker = context.Process(target=hang, args=(sys.argv[1], report))
-            worker.start()
-            deadline = deadlines.recv()
-            if sys.argv[1] == "os.kill":
-                time.sleep(0.05)
-                deadline = time.monotonic()
-                os.kill(worker.pid, 9)
-            ended = multiprocessing.connection.wait([worker.sentinel], deadline + 0.5 - time.monotonic())
-            print(1000 * (time.monotonic() - deadline) if ended else "missed")
-            worker.kill()
-            worker.join()
-"""
-
-
-def lateness(which: str, count: int) -> tuple[list[float], int]:
-    results = outputs(LATENESS, which, count)
-    return [float(late) for late in results if late != "missed"], results.count("missed")
-
-
-def bench_kills() -> Iterator[Row]:
-    late, missed = lateness("ours", 100)
-    middle, high = statistics.median(late), statistics.quantiles(late, n=100)[98]
-    yield (
-        "a kill after its deadline, of 100 hangs with the GIL held",
-        f"median {middle:.2f} ms, 99th percentile {high:.2f} ms, {missed} missed",
-        verdict("1 ms, 5 ms, 0 missed", middle <= 1 and high <= 5 and not missed),
-    )
-    for which, what in ("os.kill", "os.kill() at the deadline"), ("faulthandler", "faulthandler.dump_traceback_later"):
-        late, missed = lateness(which, 50)
-        yield f"  {what}, of 50", f"median {statistics.median(late):.2f} ms, {missed} missed", ""
-
-
-def requests_a_second(server: Any, count: int, put_all: Callable[[], None]) -> float:
-    """Let a child put so many requests, half of them releases, and return how many a second the server took in."""
-    registered = 0
-    register = server.register_timers
-
-    def counting(requests: list[Any]) -> None:
-        nonlocal registered
-        registered += len(requests)
-        register(requests)
-
-    server.register_timers = counting
-    begin = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        put_all()
-        os._exit(0)
-    while registered < count:
-        server._run_watchdog()
-    rate = count / (time.perf_counter() - begin)
-    os.waitpid(child, 0)
-    return rate
-
-
-def bench_server() -> Iterator[Row]:
-    ours = []
-    me = os.getpid()
-    for _ in range(5):
-        server = LocalTimerServer(max_interval=1.0)
-        pipe = server._mp_queue
-        deadline = time.monotonic() + 1000
-        pairs = [(f"train.step (train.py:12, limit 30 s) #{number}", number) for number in range(8)]
-        chunk = b"".join(
-            local_timer._encode(TimerRequest(me, scope, when))
-            for scope, number in pairs * 50
-            for when in (deadline + number, -1.0)
-        )
-
-        def put_chunks(writer: int = pipe._writer, chunk: bytes = chunk) -> None:
-            os.set_blocking(writer, True)
-            for _ in range(500):
-                os.write(writer, chunk)
-
-        ours.append(requests_a_second(server, 400_000, put_chunks))
-    rate = measured_here["rate"] = statistics.median(ours)
-    spread = f"{rate:,.0f} ({min(ours):,.0f} to {max(ours):,.0f})"
-    yield "requests a second through one server", spread, "at least 8 x PyTorch's"
-    costs = {}
-    for active in (10, 100_000):
-        server = LocalTimerServer()
-        later = time.monotonic() + 1000
-        server.register_timers([TimerRequest(me, f"active {number}", later + number) for number in range(active)])
-        batch = [TimerRequest(me, f"call {number}", when) for number in range(500) for when in (later + 1e6, -1.0)]
-        costs[active] = cost(functools.partial(server.register_timers, batch), 1, 400)
-        del server
-    ratio = statistics.median(costs[100_000]) / statistics.median(costs[10])
-    yield (
-        "a request among 100,000 active timers, against 10",
-        f"{ratio:.2f} x; {statistics.median(costs[100_000]):.0f} ns against {statistics.median(costs[10]):.0f} ns",
-        verdict("at most 1.5 x", ratio <= 1.5),
-    )
-
-
-WATCHDOG = """
-    import time
-    from local_timer import watchdog_expires, _Process
-    call = watchdog_expires(after=30)(lambda: None)
-    begin = time.perf_counter()
+RATE = """
+    rate, call, begin = int(sys.argv[1]), watchdog_expires(after=30)(lambda: None), time.perf_counter()
     call()
-    print(time.perf_counter() - begin)
+    first, batch, done, spent = time.perf_counter() - begin, max(1, rate // 1000), 0, 0.0
     time.sleep(1)
-    def status():
-        with open(f"/proc/{_Process.client._child}/status") as file:
-            return dict(line.split(":", 1) for line in file)
-    before = status()
-    time.sleep(2)
-    after = status()
-    print(after["VmHWM"].split()[0], int(after["voluntary_ctxt_switches"]) - int(before["voluntary_ctxt_switches"]))
+    pid = a_watchdog()
+    before, begin = counts(pid), time.perf_counter()
+    while done < 3 * rate:
+        time.sleep(max(0, begin + done / rate - time.perf_counter()))
+        spent -= time.perf_counter()
+        for _ in range(batch): call()
+        spent, done = spent + time.perf_counter(), done + batch
+    time.sleep(0 if rate else 2)
+    after, seconds = counts(pid), time.perf_counter() - begin
+    wakes, cpu = (after[0] - before[0]) / seconds, 100 * (after[1] - before[1]) / seconds
+    print([wakes, cpu, 1e6 * spent / done if rate else 1e3 * first, after[2] / 1024])
+"""
+
+LATE = """
+    from multiprocessing.connection import wait
+    def worker(client, report):
+        deadline = time.monotonic() + 0.1
+        if client: client.acquire("hang", deadline)
+        report.send(deadline), hold_the_gil()
+
+    if __name__ == "__main__":
+        context, late = multiprocessing.get_context(sys.argv[1]), [[], []]
+        with LocalTimerServer() as server:
+            for bare in 100 * [0, 1]:
+                receiver, report = context.Pipe(False)
+                process = context.Process(target=worker, args=(None if bare else server.client(), report))
+                process.start()
+                deadline = receiver.recv()
+                if bare:
+                    time.sleep(max(0, deadline - time.monotonic()))
+                    deadline = time.monotonic()
+                    os.kill(process.pid, signal.SIGKILL)
+                late[bare].append(1e3 * (time.monotonic() - deadline) if wait([process.sentinel], 2) else 1e9)
+                process.kill(), process.join(), receiver.close(), report.close()
+        print(late)
+"""
+
+MANY = """
+    calls, costs, late = [], [[], []], []
+    for count in 10, 100000:
+        client, times = serve()[2], [time.perf_counter()]
+        for number in range(count): acquire(client, 1000, f"timer {number}"), times.append(time.perf_counter())
+        calls.append(watchdog_expires(after=30, client=client)(lambda: None))
+    for call, of in 200 * list(zip(calls, costs)):
+        begin = time.perf_counter()
+        for _ in range(500): call()
+        of.append((time.perf_counter() - begin) / 500 * 1e6)
+    for _ in range(20):
+        deadline = time.monotonic() + 0.3
+        victim = fork(lambda: (client.acquire("hang", deadline), time.sleep(FOREVER)))
+        os.waitpid(victim, 0), late.append(1e3 * (time.monotonic() - deadline))
+    print([*costs, late, [1e3 * (times[at + 1000] - times[at]) for at in (0, len(times) - 1001)]])
 """
 
 
-def bench_watchdog() -> Iterator[Row]:
-    first, size, wake_ups = [], 0, 0
-    for _ in range(5):
-        output = outputs(WATCHDOG)
-        first.append(1000 * float(output[0]))
-        size, wake_ups = max(size, int(output[1])), wake_ups + int(output[2])
-    yield (
-        "the watchdog process, idle for 2 s",
-        f"{size / 1024:.1f} MB at its largest, {wake_ups} wake-ups",
-        verdict("20 MB, 0 wake-ups", size <= 20 * 1024 and not wake_ups),
-    )
-    middle = statistics.median(first)
-    spread = f"{middle:.1f} ms ({min(first):.1f} to {max(first):.1f})"
-    yield "the first guarded call, which starts it", spread, verdict("5 ms", middle <= 5)
+def measure(program: str, *arguments: object) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "helpers.py").write_text(HELPERS)
+        (Path(folder) / "bench.py").write_text("from helpers import *\n" + textwrap.dedent(program))
+        command = [sys.executable, f"{folder}/bench.py", *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(HERE)}
+        ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, env=environment)
+        return ast.literal_eval(ended.stdout.decode())
 
 
-def hang_with_pytorch(mp_queue: Any) -> None:
-    timer = torch_timer()
-    timer.configure(timer.LocalTimerClient(mp_queue))
-    with timer.expires(after=0.05):
-        hold_the_gil()
-
-
-def bench_pytorch() -> Iterator[Row]:
-    timer = torch_timer()
-    if timer is None:
-        yield "PyTorch's timer", "torch can't be imported here", ""
-        return
-    fork = multiprocessing.get_context("fork")
-    mp_queue = fork.Queue()
-    server = timer.LocalTimerServer(mp_queue, max_interval=0.01)
-    server.start()
-    timer.configure(timer.LocalTimerClient(mp_queue))
-
-    def block() -> None:
-        with timer.expires(after=30):
-            pass
-
-    low, middle, high = quartiles(cost(block, 20, 40))
-    ratio = middle / measured_here["call"]
-    yield (
-        "PyTorch's `with expires(after)`, against a guarded call",
-        f"{ratio:.0f} x; {middle:.0f} us ({low:.0f} to {high:.0f})",
-        verdict("at least 80 x", ratio >= 80),
-    )
-    workers = [start("fork", hang_with_pytorch, mp_queue) for _ in range(10)]
-    time.sleep(2)
-    missed = sum(worker.is_alive() for worker in workers)
-    yield "PyTorch's server, of 10 hangs with the GIL held for 2 s", f"{missed} missed (limit 0.05 s)", ""
-    for worker in workers:
-        worker.kill()
-        worker.join()
-    server.stop()
-    rates = []
-    for _ in range(5):
-        mp_queue = fork.Queue()
-
-        def put_each(mp_queue: Any = mp_queue) -> None:
-            for number in range(15_000):
-                mp_queue.put(timer.TimerRequest(os.getppid(), f"train.py#{number % 8}", time.time() + 1000))
-                mp_queue.put(timer.TimerRequest(os.getppid(), f"train.py#{number % 8}", -1))
-            mp_queue.close()
-            mp_queue.join_thread()
-
-        rates.append(requests_a_second(timer.LocalTimerServer(mp_queue, max_interval=1.0), 30_000, put_each))
-    ratio = measured_here["rate"] / statistics.median(rates)
-    yield (
-        "requests a second, against PyTorch's server",
-        f"{ratio:.1f} x; {statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})",
-        verdict("at least 8 x", ratio >= 8),
-    )
+def show(what: str, values: Sequence[float], unit: str, more: str = "", goal: str = "", kept: bool = True) -> None:
+    low, middle, high = statistics.quantiles(values, n=4)
+    verdict = f"  [goal: {goal}{'' if kept else ': MISSED'}]" if goal else ""
+    print(f"{what:50} {middle:6.2f} {unit} ({low:.2f} to {high:.2f}){more}{verdict}", flush=True)
 
 
 def bench() -> None:
-    print(f"CPython {platform.python_version()}, {platform.system()} {platform.release()}, {os.cpu_count()} cores\n")
-    for rows in [bench_calls, bench_kills, bench_server, *([bench_watchdog] if LINUX else []), bench_pytorch]:
-        for what, measured, goal in rows():
-            print(f"{what:58} {measured}{f'  [goal: {goal}]' if goal else ''}", flush=True)
+    print(f"CPython {platform.python_version()}, {platform.system()} {platform.release()}, {os.cpu_count()} cores")
+    print("medians, with the quartiles in parentheses; what is compared was measured in turn\n")
+    median, costs = statistics.median, measure(CALLS)
+    pairs = {name: list(zip(costs[name, False], costs[name, True])) for name, other in costs if other}
+    goals = {"setitimer": (0.6, "at most 0.6 x"), "block": (4, "at most 4 x"), "pytorch": (-500, "at least 500 x")}
+    for name, pair in pairs.items():
+        ratio = [ours / theirs if name == "setitimer" else theirs / ours for ours, theirs in pair]
+        bound, goal = goals.get(name, (math.inf, ""))
+        what = "a decorated call, against setitimer" if name == "setitimer" else f"{name}, against a decorated call"
+        more = f"; {name} {median(costs[name, True]):.2f} us, decorated {median(costs[name, False]):.2f} us"
+        show(what, ratio, "x", more, goal, median(ratio) <= bound if bound > 0 else median(ratio) >= -bound)
+    for rate in (100, 1000, 5000, 20000):
+        wakes, cpu, cost, _ = zip(*(measure(RATE, rate) for _ in range(3)))
+        more = f"; {median(cpu):.2f} % of a core; a call {median(cost):.2f} us"
+        kept = median(wakes) <= 15 and median(cpu) <= 0.3
+        show(f"the watchdog at {rate:,} calls a second", wakes, "wake-ups a second", more, "15, 0.3 %", kept)
+    wakes, _, first, size = zip(*(measure(RATE, 0) for _ in range(5)))
+    more, kept = f"; {max(wakes):.1f} wake-ups a second", max(size) <= 12 and not any(wakes)
+    show("the idle watchdog at its largest", size, "MB", more, "12 MB, no wake-ups", kept)
+    show("the first guarded call, which starts it", first, "ms")
+    for method in ("fork", "spawn"):
+        late, bare = measure(LATE, method)
+        high, missed, early = statistics.quantiles(late, n=100)[98], sum(ms > 1e6 for ms in late), min(late) < 0
+        more = f"; os.kill {median(bare):.2f} ms; 99th percentile {high:.2f} ms, {missed} missed{', EARLY' * early}"
+        kept = median(late) <= median(bare) + 0.5 and high <= 5 and not missed and not early
+        show(f"until 100 hangs with the GIL held are dead, {method}", late, "ms", more, "os.kill + 0.5, 5 ms, 0", kept)
+    few, many, late, (first, last) = measure(MANY)
+    ratio, more = [one / other for one, other in zip(many, few)], f"; {median(many):.2f} us"
+    show("a call among 100,000 timers, against 10", ratio, "x", more, "the same", median(ratio) <= 1.2)
+    show("a kill among 100,000 timers", late, "ms", f"; at most {max(late):.1f} ms", "20 ms", max(late) <= 20)
+    print(f"{'the 100,000th acquire':50} {last:6.2f} us; the first {first:.2f} us")
 
 
 if __name__ == "__main__":
