@@ -521,6 +521,8 @@ class TimerClient(abc.ABC):
     """What a worker uses: `acquire` starts or moves its timer `scope_id`, which then expires at `expiration_time`;
     `release` ends it, and ignores an unknown one."""
 
+    _direct: Scoreboard | None = None  # where watchdog_expires goes without a call of acquire
+
     @abc.abstractmethod
     def acquire(self, scope_id: str, expiration_time: float) -> None: ...
 
@@ -552,8 +554,8 @@ class LocalTimerClient(TimerClient):
         self._board = mp_queue if isinstance(mp_queue, Scoreboard) else None
         if self._board is None and not hasattr(mp_queue, "put"):
             raise TypeError(f"a Scoreboard or a multiprocessing queue is needed, not {mp_queue!r}")
-        # Where watchdog_expires goes without a call of acquire, which in a subclass may be another one.
-        self._direct = self._board if type(self) is LocalTimerClient else None
+        if type(self) is LocalTimerClient:  # else its acquire may be another one
+            self._direct = self._board
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
         """Start or move a timer of this process; when this returns, a server of the `Scoreboard` will see it.
@@ -790,6 +792,7 @@ class LocalTimerServer(TimerServer):
         # When to act on a timer, and how, if not at its deadline: a grace that runs, a refused kill, a forgiven stall.
         # A timer is a pair, which one and its deadline: once that has moved, it is another.
         self._later: dict[Any, tuple[float, signal.Signals]] = {}
+        self._overdue: list[Any] = []  # the timers that get_expired_timers found last
 
     def client(self) -> LocalTimerClient:
         """Return a client of this server, for this process and those it forks or spawns."""
@@ -823,44 +826,44 @@ class LocalTimerServer(TimerServer):
 
     def clear_timers(self, worker_ids: set[Any]) -> None:
         if worker_ids:
-            for timer, request, _ in self._overdue(time.monotonic()):
-                if request.worker_id in worker_ids:
+            for timer, request, _ in self._ask(self._overdue):
+                if request is not None and request.worker_id in worker_ids:
                     self._later[timer] = _NEVER, signal.SIGKILL
             self._requests = {key: request for key, request in self._requests.items() if key[0] not in worker_ids}
 
     def get_expired_timers(self, deadline: float) -> dict[Any, list[TimerRequest]]:
+        due = self._due(deadline)
+        passed = set(due)
+        self._later = {timer: act for timer, act in self._later.items() if timer[1] > deadline or timer in passed}
+        self._overdue = []
         expired: dict[Any, list[TimerRequest]] = {}
-        for _, request, _ in self._overdue(deadline):
-            expired.setdefault(request.worker_id, []).append(request)
+        for timer, request, _ in self._ask([timer for timer in due if self._act_on(timer)[0] <= deadline]):
+            if request is None:
+                self._later[timer] = _NEVER, signal.SIGKILL
+            else:
+                self._overdue.append(timer)
+                expired.setdefault(request.worker_id, []).append(request)
         return expired
 
-    def _due(self, now: float) -> tuple[list[Any], float]:
-        """Return the timers whose deadline is not after `now`, and the earliest deadline of the others."""
-        keys: Iterable[Any] = self._requests
-        deadlines = [request.expiration_time for request in self._requests.values()]
-        if self._board is not None:
-            deadlines = self._board._running()
-            keys = itertools.count()
-        earliest = min(deadlines, default=_NEVER)
-        if earliest > now:
-            return [], earliest
-        due = [timer for timer in zip(keys, deadlines) if 0 < timer[1] <= now]
-        return due, min((deadline for deadline in deadlines if deadline > now), default=_NEVER)
+    def _deadlines(self) -> tuple[Iterable[Any], list[float]]:
+        if self._board is None:
+            return self._requests, [request.expiration_time for request in self._requests.values()]
+        return itertools.count(), self._board._running()
+
+    def _due(self, now: float) -> list[Any]:
+        keys, deadlines = self._deadlines()
+        if min(deadlines, default=_NEVER) > now:
+            return []  # as nearly always, and with 100,000 timers this counts
+        return [(key, deadline) for key, deadline in zip(keys, deadlines) if 0 < deadline <= now]
 
     def _act_on(self, timer: Any) -> tuple[float, signal.Signals]:
         return self._later.get(timer) or (timer[1], self._signum)
 
-    def _overdue(self, now: float) -> list[Any]:
-        """Return the timers to act on now, each with its request and its limit, of processes that live."""
-        due = self._due(now)[0]
-        timers = [timer for timer in due if self._act_on(timer)[0] <= now]
+    def _ask(self, timers: list[Any]) -> list[Any]:
+        """Return these timers, each with its request, or None if its process is gone, and its limit."""
         if self._board is None:
             return [(timer, self._requests[timer[0]], 0.0) for timer in timers]
-        passed = set(due)
-        self._later = {timer: act for timer, act in self._later.items() if timer[1] > now or timer in passed}
-        found = list(self._board._requests(timers))
-        self._later.update((timer, (_NEVER, signal.SIGKILL)) for timer, request, _ in found if request is None)
-        return [entry for entry in found if entry[1] is not None]
+        return list(self._board._requests(timers))
 
     def _wake_at(self, now: float, size: int) -> float:
         self._forgive(self._meant)
@@ -876,8 +879,11 @@ class LocalTimerServer(TimerServer):
         return until
 
     def _next_look(self, now: float) -> float:
-        due, until = self._due(now)
-        until = min([until, *(self._act_on(timer)[0] for timer in due)])
+        _, deadlines = self._deadlines()
+        until = min(deadlines, default=_NEVER)
+        if until <= now:
+            until = min((deadline for deadline in deadlines if deadline > now), default=_NEVER)
+            until = min([until, *(self._act_on(timer)[0] for timer in self._due(now))])
         poked = _NEVER if self._board is None else self._board._poked[1]
         if min(until, poked) < _NEVER:  # after a poke it stays up for a while, or each short call would have to poke
             until = min(until, now + _HEARTBEAT, max(poked, now))
@@ -887,7 +893,7 @@ class LocalTimerServer(TimerServer):
         """Move all deadlines by the time in which the server, and probably the workers too, did not run."""
         self._meant = time.monotonic()
         stalled = self._meant - meant
-        running = self._due(_WALL_CLOCK)[0] if stalled > _STALL else []
+        running = self._due(_WALL_CLOCK) if stalled > _STALL else []
         if running:
             logger.warning("local_timer: the watchdog did not run for %.1f s: all deadlines move by that", stalled)
         for timer in running:
@@ -904,7 +910,7 @@ class LocalTimerServer(TimerServer):
             pass
         try:
             # In this order no stranger can be hit: the process is held already, now ask once more whose the timers are.
-            found = [entry for entry in self._overdue(time.monotonic()) if entry[1].worker_id == worker_id]
+            found = [entry for entry in self._ask(self._overdue) if entry[1] and entry[1].worker_id == worker_id]
             return bool(found) and self._signal(worker_id, pidfd, found)
         except ProcessLookupError:
             return True
@@ -1066,7 +1072,7 @@ class watchdog_expires:
             if _Process.switched_off:
                 raise RuntimeError("configure(None) has switched it off: call configure(client) or start_watchdog()")
             client = start_watchdog()
-        board = client._direct if scope is None and isinstance(client, LocalTimerClient) else None
+        board = client._direct if scope is None else None
         try:
             self._entry.pop()
         except IndexError:
