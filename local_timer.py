@@ -793,6 +793,7 @@ class LocalTimerServer(TimerServer):
         # A timer is a pair, which one and its deadline: once that has moved, it is another.
         self._later: dict[Any, tuple[float, signal.Signals]] = {}
         self._overdue: list[Any] = []  # the timers that get_expired_timers found last
+        self._killed: dict[int, float] = {}  # when which worker got SIGKILL, in the last second
 
     def client(self) -> LocalTimerClient:
         """Return a client of this server, for this process and those it forks or spawns."""
@@ -840,6 +841,8 @@ class LocalTimerServer(TimerServer):
         for timer, request, _ in self._ask([timer for timer in due if self._act_on(timer)[0] <= deadline]):
             if request is None:
                 self._later[timer] = _NEVER, signal.SIGKILL
+            elif deadline - self._killed.get(request.worker_id, -_NEVER) < 1.0:
+                self._later[timer] = deadline + 1.0, signal.SIGKILL  # it is about to die of another timer
             else:
                 self._overdue.append(timer)
                 expired.setdefault(request.worker_id, []).append(request)
@@ -939,6 +942,8 @@ class LocalTimerServer(TimerServer):
             logger.error("local_timer: %s for pid %d failed, next try in a second: %s", signum.name, pid, error)
             self._later.update((timer, (now + 1.0, signum)) for timer, _, _ in found)
             return False
+        if kill:
+            self._killed = {pid: now, **{other: when for other, when in self._killed.items() if now - when < 1.0}}
         then = _NEVER if kill else now + self._grace
         self._later.update((timer, (then, signal.SIGKILL)) for timer, _, _ in found)
         return kill

@@ -1017,9 +1017,10 @@ def test_one_line_a_kill_tells_pid_signal_and_every_expired_timer(guard: str, re
 def test_the_line_says_which_call_was_running_for_how_long_and_against_which_limit(result: Result) -> None:
     assert result.output == "-9\n-9\n-9\n"
     lines = [line for line in result.errors.splitlines() if "SIGKILL for pid" in line]
+    assert len(lines) == 3  # one a kill, also where two timers of a worker expire at nearly the same time
     for line, name in zip(lines, ("größe.*(distributed_training_loop.py:1", "größe.*(dis.*.py:4", r"load (train.py:3")):
         assert re.search(
-            rf"{name}, limit 0.25 s) is still running after 0.[2-9]. s".replace("(", r"\(").replace(")", r"\)"), line
+            rf"{name}, limit 0.25 s) is still running after [0-9.]+ s".replace("(", r"\(").replace(")", r"\)"), line
         )
 
 
