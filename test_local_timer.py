@@ -406,7 +406,7 @@ WAYS = [("fork", "server"), ("spawn", "server"), ("forkserver", "server"), ("for
     @watchdog_expires(after=0.4)
     def work(seconds): time.sleep(seconds)
     def worker(number, client, the_same, deadlines):
-        configure(client) if client else start_watchdog(grace=0.3)
+        configure(client) if client else start_watchdog(grace=2)
         deadlines[number], hang = time.monotonic() + 0.4, HANGS[number]
         hang() if hang is in_a_thread else watchdog_expires(after=0.4)(hang)()
 
@@ -417,7 +417,7 @@ WAYS = [("fork", "server"), ("spawn", "server"), ("forkserver", "server"), ("for
         context = multiprocessing.get_context(method)
         deadlines = context.RawArray("d", len(HANGS))
         with LocalTimerServer() as server:
-            client = server.client() if guard == "server" else start_watchdog(grace=0.3) and None
+            client = server.client() if guard == "server" else start_watchdog(grace=2) and None
             for number, hang in enumerate(HANGS):
                 process = context.Process(target=worker, args=(number, client, client, deadlines))
                 process.start()
@@ -428,7 +428,7 @@ WAYS = [("fork", "server"), ("spawn", "server"), ("forkserver", "server"), ("for
                 for hang, process, number in map(workers.pop, dead):
                     process.join()
                     due = -9 if guard == "server" or hang is stopped else -6
-                    if process.exitcode != due or not 0 < now - deadlines[number] < 5:
+                    if process.exitcode != due or not 0 < now - deadlines[number] < 9:
                         print(hang.__name__, process.exitcode, now - deadlines[number])
             with ProcessPoolExecutor(1, context, initializer=configure, initargs=(client or start_watchdog(),)) as pool:
                 try: print(pool.submit(work, 0).result(), pool.submit(work, FOREVER).result())
