@@ -101,9 +101,10 @@ def acquire(client, after, name="named"):  # returns whether a server is there
 
 def serve():  # configures a client of a scoreboard that another process serves
     board, parent = Scoreboard(), os.getpid()
-    def target():
-        threading.Thread(target=LocalTimerServer(board).run, daemon=True).start()
+    def end_with_parent():
         while os.getppid() == parent: time.sleep(0.05)
+        os._exit(0)
+    def target(): in_threads(end_with_parent), LocalTimerServer(board).run()
     server, client = fork_context.Process(target=target, daemon=True), LocalTimerClient(board)
     server.start()
     wait_until(lambda: end_of(fork(lambda: os._exit(not acquire(client, 9)))) == 0)
@@ -167,7 +168,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             process.wait(60)
             return Result(process.wait(), *((folder / name).read_text("utf-8", "replace") for name in ("out", "err")))
         os.killpg(process.pid, signal.SIGKILL)
-        return Result(process.wait(), "", "it was still running after a minute")
+        return Result(process.wait() and 255, "", "it was still running after a minute")
 
     with ThreadPoolExecutor(8) as pool:
         futures: dict[str, Future[Result]] = {}
@@ -325,11 +326,11 @@ def test_a_turn_asks_the_queue_once_clears_whom_it_reaped_and_survives_any_excep
         for start in server.run, LocalTimerServer(board).run, LocalTimerServer(board).start:
             try: start()
             except RuntimeError as error: print(error)
-        print(end_of(fork(hang, 0.2)))
+        print(end_of(fork(LocalTimerServer(board).run)), end_of(fork(hang, 0.2)))
 """)
 def test_starting_and_stopping_is_harmless_in_any_order_but_not_a_second_server(result: Result) -> None:
     run, twice, *second, last = result.output.splitlines()
-    assert (result.status, run, last) == (0, "run() is over -9", "-9") and "running already" in twice
+    assert (result.status, run, last) == (0, "run() is over -9", "1 -9") and "running already" in twice
     assert len(second) == 2 and all("another timer server" in line for line in second)
 
 
@@ -358,10 +359,13 @@ def test_a_program_written_for_pytorchs_timer_runs_as_it_is(make: str, result: R
 @runs("""
     import queue
     mp_queue, victim, now = queue.Queue(), fork(time.sleep, FOREVER), time.monotonic()
-    server = LocalTimerServer(mp_queue, max_interval=0.01)
+    server, get = LocalTimerServer(mp_queue, max_interval=0.01), mp_queue.get
     for name, deadline in 600 * [("step", 0.0), ("step", -1.0)] + [("moved", now), ("moved", now + 60), ("other", -1)]:
         mp_queue.put(TimerRequest(victim, name, deadline))
     for _ in range(5): server._run_watchdog(), time.sleep(0.02)
+    mp_queue.get, mp_queue.qsize = lambda *_: time.sleep(0.1) or get(), lambda: 1  # a release is behind what it gets
+    for deadline in time.monotonic() + 0.05, -1: mp_queue.put(TimerRequest(victim, "slow", deadline))
+    for _ in range(2): server._run_watchdog()
     print(os.waitpid(victim, os.WNOHANG), [timer.scope_id for timer in server.get_expired_timers(now + 61)[victim]])
     os.kill(victim, signal.SIGKILL)
 """)
@@ -492,7 +496,8 @@ def test_no_hang_is_missed_and_none_killed_early(method: str, guard: str, result
     time.time = itertools.cycle([0.0, 4e9, -1e9, 1e9 + 7, time.monotonic()]).__next__  # the wall clock moves nothing
     client = serve()[2]
     cases = {fork(lambda: (case(), time.sleep(2))): case.__name__ for case in cases}
-    print(len(cases), {name: code for name, code in [(name, end_of(pid)) for pid, name in cases.items()] if code != -9})
+    ends = {name: end_of(pid, 9) for pid, name in cases.items()}
+    print(len(cases), {name: code for name, code in ends.items() if code != -9})
 """)
 def test_every_deadline_is_kept(result: Result) -> None:
     assert result[:2] == (0, "12 {}\n")
@@ -513,16 +518,20 @@ def test_every_deadline_is_kept(result: Result) -> None:
         await asyncio.sleep(0.05)
         pending.cancel()
         with contextlib.suppress(asyncio.CancelledError): await pending
+    def block(error=None, scope=None):
+        with watchdog_expires(after=0.3, scope=scope):
+            if error: raise error
+            with watchdog_expires(after=0.3, scope=scope): pass
+    def exit_stack():
+        with contextlib.ExitStack() as stack: stack.enter_context(watchdog_expires(after=0.3))
 
     time.time = itertools.cycle([0.0, 4e9, -1e9, 1e9 + 7, time.monotonic() + 1]).__next__
     board, _, client = serve()
-    assert returns() == 1 and asyncio.run(task(0)) == 2 and list(generator()) == [3]
-    next(generator())  # and thrown away
-    asyncio.run(cancel())
-    with contextlib.suppress(KeyError): raises()
-    with contextlib.suppress(KeyError), watchdog_expires(after=0.3): raise KeyError("x")
-    with contextlib.ExitStack() as stack: stack.enter_context(watchdog_expires(after=0.3))
-    with watchdog_expires(after=0.3, scope="named"), watchdog_expires(after=0.3, scope="named"): pass
+    ends = [returns, raises, block, exit_stack, lambda: asyncio.run(task(0)), lambda: asyncio.run(cancel())]
+    ends += [lambda: [*generator()], lambda: next(generator()), lambda: block(KeyError("x")), lambda: block(None, "x")]
+    for end in ends:
+        with contextlib.suppress(KeyError): end()
+        assert not running(board), end
     timer = watchdog_expires(after=0.4)
     for _ in range(2):
         with timer:
@@ -610,7 +619,8 @@ def test_an_interrupt_at_any_instant_leaves_no_timer_behind_and_is_not_swallowed
     beating = in_threads(beat)
     sys.setswitchinterval(1e-6)
     for number in range(20000 if FULL else 3000):
-        with watchdog_expires(after=1000, scope=None if number % 5 else f"{number}") as timer: ended.append(timer)
+        with watchdog_expires(after=1000, scope=None if number % 5 else f"{number}") as timer:
+            ended.append(timer), time.sleep(0)
         with watchdog_expires(after=5):
             moved += len(LocalTimerServer(board).get_expired_timers(time.monotonic() + 6)) != 1
     done.set()
@@ -681,7 +691,7 @@ def test_the_watchdog_sleeps_while_calls_return_in_time(result: Result) -> None:
 
 
 @linux_only
-@runs("""  # takes 6 s
+@runs("""  # takes 10 s
     call = watchdog_expires(after=60)(time.sleep)
     call(0)
     before = len(os.listdir("/proc/self/fd"))
@@ -692,17 +702,18 @@ def test_the_watchdog_sleeps_while_calls_return_in_time(result: Result) -> None:
     print(len(os.listdir("/proc/self/fd")) - before, len(watchdogs()))
 
     begin, sibling = time.monotonic(), fork(hang, 1)
-    in_threads(lambda: hang(2))
+    in_threads(lambda: hang(6))
     for lost in 1, 2:
         time.sleep(0.2)
         os.kill(a_watchdog(), signal.SIGKILL)
-        while os.waitpid(sibling, os.WNOHANG) == (0, 0) if lost == 1 else time.monotonic() < begin + 1.6: call(0.001)
-        print(lost, time.monotonic() - begin < 1.9)
+        going_on = time.monotonic() + 0.5
+        while os.waitpid(sibling, os.WNOHANG) == (0, 0) if lost == 1 else time.monotonic() < going_on: call(0.001)
+        print(lost, time.monotonic() - begin < 5)
     time.sleep(FOREVER)
 """)
 def test_the_loss_of_the_watchdog_loses_no_timer_and_leaves_nothing(result: Result) -> None:
     assert result[:2] == (-signal.SIGABRT, "0 1\n1 True\n2 True\n")
-    assert "limit 1 s" in result.errors and "limit 2 s" in result.errors
+    assert "limit 1 s" in result.errors and "limit 6 s" in result.errors
 
 
 @runs("""  # takes 6 s
@@ -733,27 +744,28 @@ def test_a_scoreboard_holds_250_000_timers_and_frees_those_of_the_dead(result: R
             acquire(client, 2, "left behind")
             for _ in range(20): call()
             with watchdog_expires(after=2, scope="block"): time.sleep(random.uniform(0, 0.05))
-    def murder(count, stopped=0):
+    def murder(count):
         for number in range(count):
-            if number == stopped: os.kill(server.pid, signal.SIGCONT)
             time.sleep(random.uniform(0, 0.04))
             os.kill(victim := workers.pop(random.randrange(6)), signal.SIGKILL)
             assert os.waitpid(victim, 0)[1] == signal.SIGKILL and not workers.append(fork(work))
-        return len(os.listdir(f"/proc/{server.pid}/fd")), counts(server.pid)[2]
+        return [end_of(fork(hang)), len(os.listdir(f"/proc/{server.pid}/fd")), counts(server.pid)[2]]
 
     stop = multiprocessing.RawValue("b")  # an Event has a lock, which a killed worker may hold
     board, server, client = serve()
     workers = [fork(work) for _ in range(6)]
     small = murder(50)
-    os.kill(server.pid, signal.SIGSTOP), time.sleep(3)  # more than any limit
-    large = murder(1000 if FULL else 150, 20)
-    print(large[0] - small[0], large[1] - small[1] < 2048, end_of(fork(hang)))
+    os.kill(server.pid, signal.SIGSTOP), time.sleep(3), os.kill(server.pid, signal.SIGCONT)  # longer than any limit
+    large = murder(1000 if FULL else 100)
+    print(small[0], large[0], large[1] - small[1], large[2] - small[2] < 2048)
     stop.value = 1
-    print([end_of(worker) for worker in workers], running(board))
+    print([end_of(worker) for worker in workers], running(board), time.sleep(2.5))
+    before = counts(server.pid)[0]
+    print(time.sleep(1), counts(server.pid)[0] - before < 9)  # it sleeps again, although dead workers have left timers
 """)
 def test_dead_workers_and_a_server_that_was_stopped_harm_no_one_and_cost_nothing(result: Result) -> None:
-    assert result[:2] == (0, "0 True -9\n[0, 0, 0, 0, 0, 0] []\n")
-    assert result.errors.count("SIGKILL for pid") == 1 and result.errors.count("did not run") == 1
+    assert result[:2] == (0, "-9 -9 0 True\n[0, 0, 0, 0, 0, 0] [] None\nNone True\n")
+    assert result.errors.count("SIGKILL for pid") == 2 and result.errors.count("did not run") == 1
 
 
 @linux_only
@@ -807,12 +819,12 @@ def test_a_server_that_has_not_looked_for_ten_seconds_is_said_once(result: Resul
         try:
             while time.monotonic() < begin + 2: use()
         except BrokenPipeError as error: print(error)
-    print(client.release("late"), running(board))
+    print(running(board), client.release("late"), running(board))
 """)
 def test_that_the_server_is_gone_is_told_by_acquire_and_release_is_silent(server_was: str, result: Result) -> None:
     *told, rest = result.output.splitlines()
     assert len(told) == 4 and all("call start() of" in line and "start_watchdog()" in line for line in told)
-    assert rest == "None []" and result.status == 0
+    assert rest == "[] None []" and result.status == 0
 
 
 @own_namespace
@@ -880,19 +892,19 @@ def test_exec_inside_a_guarded_block_takes_no_timer_along(guard: str, result: Re
             for number in map(int, os.listdir("/proc/self/fd")):
                 with contextlib.suppress(OSError):
                     if number > 2: os.set_blocking(number, False), os.write(number, pattern)
-                    if number > 2: os.pwrite(number, pattern, random.randrange(1 << 20))
+                    if number > 2: os.pwrite(number, pattern, random.randrange(1 << 20)), os.ftruncate(number, 0)
             with contextlib.suppress(Exception): client.acquire("more", time.monotonic() + random.uniform(0, 60))
         os.kill(me, signal.SIGKILL)
 
-    bystander, client = fork(time.sleep, FOREVER), serve()[2]
+    bystander, (_, server, client) = fork(time.sleep, FOREVER), serve()
     past, pid, long = struct.pack("d", 1.0), struct.pack("i", bystander), struct.pack("q", bystander)
     for pattern in past * 8, pid * 16, long * 8, past + pid * 2 + bytes(48), b"\\x01" * 64, os.urandom(64):
         print(end_of(fork(attack, pattern)))
-    print(time.sleep(1), os.waitpid(bystander, os.WNOHANG))
+    print(server.join(1), server.is_alive(), os.waitpid(bystander, os.WNOHANG))
     os.kill(bystander, signal.SIGKILL)
 """)
 def test_whatever_a_worker_writes_a_root_server_kills_no_bystander(result: Result) -> None:
-    assert result[:2] == (0, "-9\n" * 6 + "None (0, 0)\n")
+    assert result[:2] == (0, "-9\n" * 6 + "None True (0, 0)\n")
 
 
 @linux_only
