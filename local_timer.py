@@ -1346,8 +1346,8 @@ def _demo_case(case: str) -> None:
         while case == "in a Python loop":
             pass
         if case == "with heartbeats":
-            with watchdog_expires(after=0.6) as timer:
-                for _ in range(4):
+            with watchdog_expires(after=0.5) as timer:
+                for _ in range(3):
                     time.sleep(0.2)
                     timer.reset()
         elif case == "in a lock":
@@ -1359,7 +1359,7 @@ def _demo_case(case: str) -> None:
         elif case == "in C code that holds the GIL":
             sum(itertools.repeat(0))
         else:
-            time.sleep(60 if case == "asleep" else 0.7)
+            time.sleep(60 if case == "asleep" else 0.6)
 
     start_watchdog()
     print(time.monotonic() + 1, flush=True)
