@@ -52,6 +52,14 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
     R = TypeVar("R")
 
+if sys.argv[1:2] != ["--watchdog"] or __name__ != "__main__":  # they would cost it 3 MB
+    import inspect
+    import logging
+    from multiprocessing import reduction
+    from multiprocessing.context import assert_spawning
+
+    logger = logging.getLogger(__name__)
+
 __version__ = "2.0.0"
 __all__ = ["LocalTimerClient", "LocalTimerServer", "MultiprocessingRequestQueue", "RequestQueue", "Scoreboard"]
 __all__ += ["TimerClient", "TimerRequest", "TimerServer", "configure", "expires", "start_watchdog", "watchdog_expires"]
@@ -60,27 +68,6 @@ _NEVER = math.inf
 _STALL = 1.0  # seconds: a server that wakes later than that did not run, whatever the reason
 _HEARTBEAT = 0.25  # seconds: the longest sleep while a timer runs, or else a stall could not be measured
 _WALL_CLOCK = 1e9  # time.time() passed it in 2001; time.monotonic() gets there after 31 years of uptime
-
-if sys.argv[1:2] != ["--watchdog"] or __name__ != "__main__":
-    import logging
-    from multiprocessing import reduction, util
-    from multiprocessing.context import assert_spawning
-
-    logger = logging.getLogger(__name__)
-
-
-class _Stderr:
-    """The logger of the watchdog process, in place of 3 MB of imports. It never waits for who reads stderr."""
-
-    def error(self, message: str, *values: object) -> None:
-        stderr = select.poll()
-        stderr.register(2, select.POLLOUT)
-        with contextlib.suppress(OSError):
-            if stderr.poll(0):
-                line = (message % values).encode(errors="backslashreplace")
-                os.write(2, line[: select.PIPE_BUF - 1] + b"\n")  # for which there is room then
-
-    warning = exception = error
 
 
 # ---------------------------------------------------------------------------------------------------------- request
@@ -144,23 +131,21 @@ class MultiprocessingRequestQueue(RequestQueue):
 
 
 # ------------------------------------------------------------------------------------------------------- scoreboard
-# The table is one sparse file, mapped by all. Each byte of it has one writer: of the header that is the server, of a
-# row the process that has locked it. The locks are on numbers, not on content: 0 is the server's; of a row, 1 + row is
-# locked to clear it, and 1 + _ROWS + row once it is clear: only then is the process its owner.
-_ROWS = 15_625
-_ROW = 16  # timers: two cache lines of deadlines, so that processes don't share any
+# The table is one sparse file, mapped by all. Each byte of it has one writer: of the header that is the server (and who
+# starts one), of a row the process that has locked it. The locks are on numbers, not on content: 0 is the server's; of
+# a row, 1 + row is locked to clear it, and 1 + _ROWS + row once it is clear: only then is the process its owner.
+_ROWS, _ROW = 15_625, 16  # of so many timers: two cache lines of deadlines, so that processes don't share any
 _USED = 64  # where a byte for each row tells whether it was ever claimed; before that comes the header
 _DEADLINES = 16_384  # a double for each timer, infinite where none runs
 _NAMES = _DEADLINES + 8 * _ROWS * _ROW
-_NAME = 240  # bytes: the limit as a double, 0 where none is known, then a text in UTF-8
+_NAME = 240  # bytes: the limit as a double, then a text in UTF-8
 _SIZE = _NAMES + _NAME * _ROWS * _ROW
-_POKE = struct.Struct("dd")  # when it was sent, and by when the server must look
 _LINUX = sys.platform == "linux"
 _FLOCK = "hhqqi" if _LINUX else "qqihhi"  # struct flock (fcntl(2))
 _NOWHERE: Any = memoryview(bytearray(8)).cast("d")
 
 
-def _record(name: str, where: str = "", limit: float = 0.0) -> bytes:
+def _record(limit: float, name: str, where: str = "") -> bytes:
     text, tail = (part.encode(errors="backslashreplace") for part in (name, where))
     room = _NAME - 8 - len(tail)
     text = text if len(text) <= room else text[: room - 3] + b"..."
@@ -184,11 +169,11 @@ def _identity(descriptor: int) -> tuple[int, int] | None:
 @contextlib.contextmanager
 def _standard_descriptors_taken() -> Iterator[None]:
     # In a program that has closed some of 0, 1 and 2, what we open must not get their numbers: it may open them anew,
-    # which closes ours, and to a child they can't be passed.
+    # which closes ours.
     taken = [os.open("/", os.O_RDONLY)]
+    while taken[-1] < 3:
+        taken.append(os.dup(taken[0]))
     try:
-        while taken[-1] < 3:
-            taken.append(os.open("/", os.O_RDONLY))
         yield
     finally:
         for descriptor in taken:
@@ -207,19 +192,25 @@ class _Slot:
     def __init__(self, board: Scoreboard, number: int) -> None:
         self.board, self.free, self.look = board, board._free, board._look
         self.cell, self.place = board._deadlines[number : number + 1], _NAMES + number * _NAME
-        self.record = b""  # what was written there last
+        self.cell[0], self.record = _NEVER, b""
 
-    def start(self, record: bytes, after: float) -> bool:
-        """Start the timer. Return whether that must be done again, since the scoreboard was lost and opened anew."""
+    def start(self, record: bytes, after: float) -> None:
         if self.record is not record:
             self.describe(record)
         now = time.monotonic()
         self.cell[0] = deadline = now + after
-        return not (now <= self.look[0] <= deadline and now < self.board._check_at) and self.board._poke(now, deadline)
+        if not (now <= self.look[0] <= deadline and now < self.board._check_at) and self.board._poke(now, deadline):
+            self.start_anew(record, after)
+
+    def start_anew(self, record: bytes, after: float) -> None:
+        """Start the timer in another place: the scoreboard was lost and opened anew, or this is a forked child."""
+        place = self.board._take()
+        self.free, self.look, self.cell, self.place, self.record = place.free, place.look, place.cell, place.place, b""
+        self.board._slots.append(self)
+        self.start(record, after)
 
     def describe(self, record: bytes) -> None:
-        self.board._table[self.place : self.place + _NAME] = record
-        self.record = record
+        self.board._table[self.place : self.place + _NAME] = self.record = record
 
     def give_back(self) -> None:
         self.cell[0] = _NEVER
@@ -252,65 +243,60 @@ class Scoreboard(RequestQueue):
     _attached: weakref.WeakValueDictionary[Any, Scoreboard] = weakref.WeakValueDictionary()
     _kept: list[Any] = []
     _settings: tuple[Any, ...] = ()
-    _descriptors: tuple[int, ...] = ()
-    _slots: list[_Slot] = []
 
     def __init__(self) -> None:
-        descriptors: list[int] = []
+        self._descriptors: dict[int, Any] = {}  # the reader and the writer of the pipe, the file; and what they are
         with _standard_descriptors_taken():
-            try:
-                descriptors += os.pipe()
-                if _LINUX:
-                    file = os.memfd_create("local_timer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-                else:
-                    import tempfile
+            reader, writer = map(self._keep, os.pipe())
+            if _LINUX:
+                file = self._keep(os.memfd_create("local_timer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            else:
+                import tempfile
 
-                    file = os.dup(tempfile.TemporaryFile().fileno())  # noqa: SIM115
-                descriptors.append(file)
-                os.ftruncate(file, _SIZE)
-                if _LINUX:  # who made it shorter would kill the server, by SIGBUS (memfd_create(2))
-                    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-                self._attach(*descriptors)
-            except BaseException:
-                for descriptor in descriptors:
-                    os.close(descriptor)
-                raise
+                file = self._keep(os.dup(tempfile.TemporaryFile().fileno()))  # noqa: SIM115
+            os.ftruncate(file, _SIZE)
+            if _LINUX:  # who made it shorter would kill us all, by SIGBUS (memfd_create(2))
+                fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+            self._attach(reader, writer, file)
+
+    def _keep(self, descriptor: int) -> int:
+        os.set_inheritable(descriptor, False)  # it came to a spawned process otherwise
+        os.set_blocking(descriptor, False)
+        self._descriptors[descriptor] = _identity(descriptor)
+        return descriptor
 
     def _attach(self, reader: int, writer: int, file: int) -> None:
+        self._reader, self._writer, self._file = reader, writer, file
         self._table = table = memoryview(mmap.mmap(file, _SIZE))
         self._look: Any = table[:8].cast("d")  # when the server looks next; negative: not before it is poked
         self._start: Any = table[8:24].cast("d")  # when one was started that does not serve yet, and its pid
         self._deadlines: Any = table[_DEADLINES:_NAMES].cast("d")
-        self._reader, self._writer, self._file = self._descriptors = reader, writer, file
-        self._identities = [_identity(descriptor) for descriptor in self._descriptors]
-        for descriptor in set(self._descriptors) - {-1}:
-            os.set_inheritable(descriptor, False)  # it came to a spawned process otherwise
-            os.set_blocking(descriptor, False)
-        self._attached[self._identities[2]] = self
+        self._attached[self._descriptors.get(file)] = self
         self._forget()
 
     def _forget(self) -> None:
         """Forget what belongs to one process: a forked child has no rows yet. What runs in the frames of its parent
         ends timers there, in slots of which nothing leads to the table any more."""
-        for slot in self._slots:
+        for slot in getattr(self, "_slots", ()):
             slot.cell = _NOWHERE
-        self._slots = []
+        self._slots: list[_Slot] = []
         self._free: list[_Slot] = []
         self._scopes: dict[str, _Slot] = {}
-        self._rows: dict[int, object] = {}  # True: this process's; else a thread is trying to lock it
-        self._turn = itertools.count()
-        self._check_at = _NEVER
+        self._rows: set[int] = set()
+        self._turn = itertools.count()  # from which each thread takes another row to try, until it has tried them all
+        self._check_at = self._poked = _NEVER
+        self._unanswered = _NEVER, _NEVER  # what _look was at the last poke, and since when
         self._serving = False
-        self._poked = _NEVER, _NEVER
-        self._unanswered = 0.0, _NEVER, 0.0  # what _look was at a poke, since when, and for how long not to poke again
 
     def __del__(self) -> None:
-        if sys is None or sys.is_finalizing() or not self._descriptors:
+        if sys is None or sys.is_finalizing():
             return
-        if self._scopes or not self._is_ours():  # timers outlive their client; a map would close what is not its own
+        if (
+            getattr(self, "_scopes", ()) or not self._is_ours()
+        ):  # timers outlive their client; a map would close what is not its own
             self._kept.append(self)
         else:
-            for descriptor in set(self._descriptors) - {-1}:
+            for descriptor in self._descriptors:
                 os.close(descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -323,14 +309,14 @@ class Scoreboard(RequestQueue):
         board = cls._attached.get(_identity(descriptors[2]))
         if board is None:
             board = cls.__new__(cls)
-            board._settings = settings
+            board._settings, board._descriptors = settings, {}
             with _standard_descriptors_taken():
-                board._attach(*descriptors)
+                board._attach(*map(board._keep, descriptors))
         return board  # if it came a second time, its descriptors stay open: closing the file would drop the locks
 
     def _is_ours(self) -> bool:
         """Ask whether the descriptors still are this scoreboard's: a daemon closes all, and opens files of its own."""
-        return [_identity(descriptor) for descriptor in self._descriptors] == self._identities
+        return all(_identity(descriptor) == identity for descriptor, identity in self._descriptors.items())
 
     def _holder(self, byte: int) -> int | None:
         """Ask the kernel which other process has locked `byte`: its pid, seen from here, or 0 or -1 if it has none."""
@@ -339,19 +325,6 @@ class Scoreboard(RequestQueue):
         answer = struct.unpack(_FLOCK, fcntl.fcntl(self._file, fcntl.F_GETLK, query))
         kind, pid = (answer[0], answer[4]) if _LINUX else (answer[3], answer[2])
         return None if kind == fcntl.F_UNLCK else int(pid)
-
-    def _is_attached(self, pid: int) -> bool:
-        # A lock outlives its process where another shares its descriptors (clone(2), CLONE_FILES): then the pid may be
-        # a stranger's, who does not have the table. Without a /proc of this pid namespace, the lock must do.
-        with contextlib.suppress(OSError):
-            if os.readlink("/proc/self") == str(os.getpid()):
-                with contextlib.suppress(FileNotFoundError):
-                    status = os.stat(f"/proc/{pid}/fd/{self._file}")  # mostly it has the same number there
-                    if (status.st_dev, status.st_ino) == self._identities[2]:
-                        return True
-                with open(f"/proc/{pid}/maps") as maps:
-                    return any(f" {self._identities[2][1]} " in line for line in maps)  # type: ignore[index]
-        return True
 
     def _lock(self, byte: int) -> bool:
         with contextlib.suppress(BlockingIOError, PermissionError):  # POSIX allows either
@@ -362,81 +335,71 @@ class Scoreboard(RequestQueue):
     # What a worker does.
 
     def _take(self) -> _Slot:
-        while True:
-            try:
-                return self._free.pop()
-            except IndexError:
-                self._claim()
+        try:
+            return self._free.pop()
+        except IndexError:
+            return self._claim()
 
-    def _claim(self) -> None:
-        """Make one more row this process's, and its slots free."""
+    def _claim(self) -> _Slot:
+        """Make one more row this process's, and its slots free; return one of them."""
+        if not self._is_ours():
+            self._lost()
         if not self._rows:
             self._enter_process()
-        if not self._is_ours():
-            self._reopen()
-        mine, rows, free, slots = object(), self._rows, self._free, self._slots
+        rows, free = self._rows, self._free
         for row in itertools.islice(self._turn, _ROWS):
             row %= _ROWS
-            # A lock that this process holds is granted again, so two threads must not try the same row.
-            if rows.setdefault(row, mine) is mine:
-                if self._lock(1 + row):
-                    break
-                rows.pop(row, None)
+            if row not in rows and self._lock(1 + row):  # a lock that this process holds would be granted again
+                break
         else:
             raise RuntimeError(
                 f"the scoreboard is full: {_ROWS * _ROW:,} timers, a process keeps what it had"
             ) from None
-        if self._rows is not rows:
-            return  # a signal handler has forked: the row is the parent's
-        new = [_Slot(self, number) for number in reversed(range(row * _ROW, (row + 1) * _ROW))]
-        for slot in new:
-            slot.cell[0] = _NEVER
-        self._lock(1 + _ROWS + row)
-        self._check_at = min(self._check_at, time.monotonic() + 1.0)
-        self._table[_USED + row] = 1
-        rows[row] = True
-        slots += new
-        free += new
+        if self._rows is rows:  # else a signal handler has forked, and the row is the parent's
+            new = [_Slot(self, number) for number in reversed(range(row * _ROW, (row + 1) * _ROW))]
+            self._lock(1 + _ROWS + row)
+            self._check_at = min(self._check_at, time.monotonic() + 1.0)
+            self._table[_USED + row] = 1
+            self._slots += new
+            rows.add(row)
+            free += new
+        return self._take()
 
-    def _enter_process(self) -> None:
-        if not self._is_ours():
-            self._reopen()
+    def _enter_process(self) -> None: ...
 
-    def _reopen(self) -> None:
+    def _lost(self) -> None:
         raise BrokenPipeError("this process has closed the descriptors of its scoreboard: nothing guards it") from None
+
+    def _no_server(self) -> None:
+        raise BrokenPipeError(
+            "no timer server serves this scoreboard, or it has ended: call start() of its LocalTimerServer, or"
+            " start_watchdog() for a watchdog process of your own"
+        )
 
     def _poke(self, now: float, deadline: float) -> bool:
         """Wake the server, if it sleeps, means to look after `deadline`, or should have looked before `now`. Once a
         second, see whether this process has lost its scoreboard in the meantime; return whether it has another now."""
-        look, (known, since, quiet) = self._look[0], self._unanswered
-        if look == known and now < quiet:
-            return False  # the last poke is still on its way, and the look that it brings will see this deadline too
         if not self._is_ours():
-            self._reopen()
+            self._lost()
             return True
         # Who has closed a copy of the file has lost its locks. To lock again is no harm; if it fails, the row is gone.
-        if not all(self._lock(1 + _ROWS + row) for row, owned in list(self._rows.items()) if owned is True):
+        if not all(self._lock(1 + _ROWS + row) for row in list(self._rows)):
             self._forget()
             return True
         self._check_at = now + 1.0
+        look = self._look[0]
         if now <= look <= deadline:
             return False
         with contextlib.suppress(BlockingIOError):  # full of pokes
-            os.write(self._writer, _POKE.pack(time.monotonic(), deadline))
-        self._check_server()
-        since = now if look != known else since
-        if now - since > 10:
-            logger.warning("local_timer: the timer server lives, but has not looked for %.0f s", now - since)
-            since = _NEVER
-        self._unanswered = look, since, now + 0.02
-        return False
-
-    def _check_server(self) -> None:
+            os.write(self._writer, struct.pack("d", deadline))
         if not self._serving and self._holder(0) is None:
-            raise BrokenPipeError(
-                "no timer server serves this scoreboard, or it has ended: call start() of its LocalTimerServer, or"
-                " start_watchdog() for a watchdog process of your own"
-            )
+            self._no_server()
+        elif look != self._unanswered[0]:
+            self._unanswered = look, now
+        elif now - self._unanswered[1] > 10:
+            self._unanswered = look, _NEVER
+            logger.warning("local_timer: the timer server lives, but has not looked for 10 s")
+        return False
 
     # What a server does. It writes nothing but the header.
 
@@ -462,15 +425,14 @@ class Scoreboard(RequestQueue):
         end = time.monotonic() + timeout
         poller = select.poll()
         poller.register(self._reader, select.POLLIN)
-        self._poked = _NEVER, _NEVER
+        self._poked = _NEVER  # or the earliest deadline for which somebody has poked
         if not poller.poll(int(1000 * min(timeout, 1e6))):
             time.sleep(max(0.0, min(end - time.monotonic(), 0.001)))  # poll() counts in whole milliseconds
             return []
         pokes = os.read(self._reader, 65536) if self._is_ours() else b""  # all of them: a pipe holds no more
         if not pokes:
             raise _NobodyLeft
-        for sent, by in _POKE.iter_unpack(pokes[: len(pokes) // _POKE.size * _POKE.size]):
-            self._poked = min(self._poked[0], sent), min(self._poked[1], by)
+        self._poked = min(memoryview(pokes).cast("d"))
         return []
 
     def _running(self) -> list[float]:
@@ -479,21 +441,22 @@ class Scoreboard(RequestQueue):
         rows = bytes(self._table[_USED : _USED + _ROWS]).rfind(b"\1") + 1
         return list(self._deadlines[: rows * _ROW].tolist())
 
-    def _requests(self, timers: Iterable[Any]) -> Iterator[tuple[Any, TimerRequest | None, float]]:
-        """Ask the kernel whose timers these are: yield each with a request, or None if the process is gone, and its
-        limit. Those that have ended or moved are left out."""
+    def _limit(self, number: int) -> float:
+        return float(struct.unpack_from("d", self._table, _NAMES + number * _NAME)[0])
+
+    def _ask(self, timers: Iterable[Any]) -> Iterator[tuple[Any, TimerRequest | None]]:
+        """Ask the kernel whose timers these are: yield each with a request, or None if the process is gone. Those that
+        have ended or moved are left out."""
         pid, last = None, None
         for number, deadline in timers:
             if self._deadlines[number] == deadline:
                 row, place = number // _ROW, _NAMES + number * _NAME
                 if row != last:  # F_GETLK says nothing of the locks of its caller
-                    pid, last = os.getpid() if self._rows.get(row) is True else self._holder(1 + _ROWS + row), row
-                    pid = None if pid and pid > 0 and not self._is_attached(pid) else pid
-                record = bytes(self._table[place : place + _NAME])
+                    pid, last = os.getpid() if row in self._rows else self._holder(1 + _ROWS + row), row
+                name = _text(bytes(self._table[place : place + _NAME]))
                 if pid in (0, -1):
-                    logger.error("local_timer: %a is overdue where this pid namespace can't reach it", _text(record))
-                request = TimerRequest(pid, _text(record), deadline) if pid and pid > 0 else None
-                yield (number, deadline), request, struct.unpack_from("d", record)[0]
+                    logger.error("local_timer: %a is overdue where this pid namespace can't reach it", name)
+                yield (number, deadline), TimerRequest(pid, name, deadline) if pid and pid > 0 else None
 
 
 class _Process:
@@ -533,14 +496,14 @@ class TimerClient(abc.ABC):
 class _Scope(str):
     """The name of a timer, with what a report says of it."""
 
-    record: bytes
+    record = b""
 
-
-def _check_scope(scope: Any) -> None:
-    if not isinstance(scope, str):
-        raise TypeError(f"a scope must be a str, not {scope!r}")
-    if len(scope.encode(errors="surrogatepass")) > 200:
-        raise ValueError(f"a scope has 200 bytes at most, {scope[:60]!r}... is longer")
+    def __new__(cls, scope: Any) -> _Scope:
+        if not isinstance(scope, str):
+            raise TypeError(f"a scope must be a str, not {scope!r}")
+        if len(scope.encode(errors="surrogatepass")) > 200:
+            raise ValueError(f"a scope has 200 bytes at most, {scope[:60]!r}... is longer")
+        return scope if isinstance(scope, _Scope) else super().__new__(cls, scope)
 
 
 class LocalTimerClient(TimerClient):
@@ -563,35 +526,29 @@ class LocalTimerClient(TimerClient):
         `expiration_time` is in seconds on `time.monotonic()`; a `ValueError` says so where it can't be. Raises
         `BrokenPipeError` if no server serves the scoreboard, `RuntimeError` if that is full.
         """
+        now = time.monotonic()
         if not 0 <= expiration_time < _WALL_CLOCK:
-            raise ValueError(
-                f"expiration_time must be a deadline on time.monotonic(), which is at {time.monotonic():.0f} s now, not"
-                f" {expiration_time!r}" + (", a value of time.time()" if _WALL_CLOCK <= expiration_time < 1e10 else "")
-            )
-        _check_scope(scope_id)
-        board, deadline = self._board, float(expiration_time) or 5e-324  # 0 is what an unclaimed slot has
+            hint = ", a value of time.time()" if _WALL_CLOCK <= expiration_time < 1e10 else ""
+            clock = f"a deadline on time.monotonic(), which is at {now:.0f} s now"
+            raise ValueError(f"expiration_time must be {clock}, not {expiration_time!r}{hint}")
+        scope, board, deadline = _Scope(scope_id), self._board, float(expiration_time) or 5e-324  # 0: an unclaimed slot
         if board is None:
             self._mp_queue.put(TimerRequest(os.getpid(), str(scope_id), deadline))
             return
+        record = scope.record or _record(deadline - now, scope)
         try:
-            while not self._acquire(board, scope_id, deadline):
-                pass  # another thread came in between, or the scoreboard was lost and opened anew
+            stored = False
+            while not stored or (not now <= board._look[0] <= deadline and board._poke(now, deadline)):
+                # The key comes before the deadline: an interrupt in between must leave no deadline without a key to it.
+                slot = board._scopes.get(scope) or board._take()
+                if board._scopes.setdefault(scope, slot) is slot:
+                    slot.describe(record)
+                    stored, now = _store(board._scopes.get, scope, deadline), time.monotonic()
+                else:
+                    slot.give_back()  # another thread was faster
         except BaseException:
             self.release(scope_id)
             raise
-
-    def _acquire(self, board: Scoreboard, scope_id: str, deadline: float) -> bool:
-        slot = board._scopes.get(scope_id)
-        if slot is None:
-            slot = board._take()
-            # The key comes before the deadline: an interrupt in between must leave no deadline without a key to it.
-            if board._scopes.setdefault(scope_id, slot) is not slot:
-                slot.give_back()
-                return False
-        slot.describe(getattr(scope_id, "record", None) or _record(scope_id))
-        stored = _store(board._scopes.get, scope_id, deadline)
-        now = time.monotonic()
-        return stored and (now <= board._look[0] <= deadline or not board._poke(now, deadline))
 
     def release(self, scope_id: str) -> None:
         """End a timer of this process; if the server is gone, there is nothing to end."""
@@ -626,9 +583,8 @@ class _Foreign:
         if self._ended:  # perhaps by another thread, in the meantime
             self._client.release(self._scope)
 
-    def start(self, record: bytes, after: float) -> bool:
+    def start(self, record: bytes, after: float) -> None:
         self[0] = time.monotonic() + after
-        return False
 
     def give_back(self) -> None: ...
 
@@ -684,15 +640,15 @@ class TimerServer(abc.ABC):
         # Judge by a moment up to which all is known: behind a request that came, a release may be waiting.
         known = start if requests else min(until, time.monotonic())
         self.register_timers(requests)
-        expired = list(self.get_expired_timers(known))
-        self.clear_timers({worker_id for worker_id in expired if self._reap_worker_no_throw(worker_id)})
-
-    def _reap_worker_no_throw(self, worker_id: Any) -> bool:
-        try:
-            return self._reap_worker(worker_id)
-        except Exception:
-            logger.exception("local_timer: reaping worker %r failed; its timers are dropped", worker_id)
-            return True
+        reaped = set()
+        for worker_id in self.get_expired_timers(known):
+            try:
+                if self._reap_worker(worker_id):
+                    reaped.add(worker_id)
+            except Exception:
+                logger.exception("local_timer: reaping worker %r failed; its timers are dropped", worker_id)
+                reaped.add(worker_id)
+        self.clear_timers(reaped)
 
     def _watchdog_loop(self, stop: threading.Event) -> None:
         try:
@@ -773,6 +729,9 @@ class LocalTimerServer(TimerServer):
     no descriptor for a worker and touches no process that has acquired no timer.
     """
 
+    # A timer is a pair, which one (the number of its slot; of a queue, worker and scope) and its deadline: once that
+    # has moved, it is another.
+
     def __init__(
         self,
         mp_queue: Any = None,
@@ -787,25 +746,23 @@ class LocalTimerServer(TimerServer):
         self._board = self._mp_queue if isinstance(self._mp_queue, Scoreboard) else None
         super().__init__(self._board or MultiprocessingRequestQueue(mp_queue), max_interval, daemon)
         self._signum, self._grace = signal.Signals(signum), grace
-        self._since = self._meant = _NEVER  # when its turn began, and by when it had to be awake
+        self._since, self._meant = _NEVER, _NEVER  # when its turn began, and by when it had to be awake
         self._requests: dict[tuple[int, str], TimerRequest] = {}  # of a queue, the running timers
         # When to act on a timer, and how, if not at its deadline: a grace that runs, a refused kill, a forgiven stall.
-        # A timer is a pair, which one and its deadline: once that has moved, it is another.
         self._later: dict[Any, tuple[float, signal.Signals]] = {}
-        self._overdue: list[Any] = []  # the timers that get_expired_timers found last
-        self._killed: dict[int, float] = {}  # when which worker got SIGKILL, in the last second
+        self._expired: dict[int, list[Any]] = {}  # by worker, the timers that get_expired_timers found last
 
     def client(self) -> LocalTimerClient:
         """Return a client of this server, for this process and those it forks or spawns."""
         return LocalTimerClient(self._mp_queue)
 
     def _begin(self) -> None:
-        self._since = self._meant = time.monotonic() if self._board is None else self._board._serve()
+        self._since = time.monotonic() if self._board is None else self._board._serve()
+        self._meant = _NEVER if self._board else self._since
         self._later.clear()
 
     def _end(self) -> None:
         super()._end()
-        self._since = self._meant = _NEVER
         if self._board is not None:
             self._board._unserve()
 
@@ -822,81 +779,73 @@ class LocalTimerServer(TimerServer):
                     self._requests[key] = request
             except (AttributeError, TypeError, ValueError) as error:
                 logger.error("local_timer: dropped a request that makes no sense: %r (%s)", request, error)
-        poked = _NEVER if self._board is None else self._board._poked[0]
-        self._forgive(min(self._meant, max(poked, self._since)))
+        self._forgive()
 
     def clear_timers(self, worker_ids: set[Any]) -> None:
-        if worker_ids:
-            for timer, request, _ in self._ask(self._overdue):
+        self._requests = {key: request for key, request in self._requests.items() if key[0] not in worker_ids}
+        if worker_ids and self._board is not None:  # who is dying has its timers still, for a moment
+            for timer, request in self._board._ask(self._look(time.monotonic() + 1.0)[0]):
                 if request is not None and request.worker_id in worker_ids:
                     self._later[timer] = _NEVER, signal.SIGKILL
-            self._requests = {key: request for key, request in self._requests.items() if key[0] not in worker_ids}
 
     def get_expired_timers(self, deadline: float) -> dict[Any, list[TimerRequest]]:
-        due = self._due(deadline)
+        due, _ = self._look(deadline)
         passed = set(due)
         self._later = {timer: act for timer, act in self._later.items() if timer[1] > deadline or timer in passed}
-        self._overdue = []
+        self._expired = {}
         expired: dict[Any, list[TimerRequest]] = {}
-        for timer, request, _ in self._ask([timer for timer in due if self._act_on(timer)[0] <= deadline]):
+        for timer, request in self._ask([timer for timer in due if self._act_on(timer)[0] <= deadline]):
             if request is None:
                 self._later[timer] = _NEVER, signal.SIGKILL
-            elif deadline - self._killed.get(request.worker_id, -_NEVER) < 1.0:
-                self._later[timer] = deadline + 1.0, signal.SIGKILL  # it is about to die of another timer
             else:
-                self._overdue.append(timer)
+                self._expired.setdefault(request.worker_id, []).append(timer)
                 expired.setdefault(request.worker_id, []).append(request)
         return expired
 
-    def _deadlines(self) -> tuple[Iterable[Any], list[float]]:
-        if self._board is None:
-            return self._requests, [request.expiration_time for request in self._requests.values()]
-        return itertools.count(), self._board._running()
-
-    def _due(self, now: float) -> list[Any]:
-        keys, deadlines = self._deadlines()
-        if min(deadlines, default=_NEVER) > now:
-            return []  # as nearly always, and with 100,000 timers this counts
-        return [(key, deadline) for key, deadline in zip(keys, deadlines) if 0 < deadline <= now]
+    def _look(self, now: float) -> tuple[list[Any], float]:
+        """Return the timers whose deadline is not after `now`, and when to act on the next one."""
+        keys: Iterable[Any] = self._requests
+        deadlines = [request.expiration_time for request in self._requests.values()]
+        if self._board is not None:
+            keys, deadlines = itertools.count(), self._board._running()
+        first = min(deadlines, default=_NEVER)
+        if first > now:
+            return [], first  # as nearly always, and with 100,000 timers this counts
+        due = [(key, deadline) for key, deadline in zip(keys, deadlines) if 0 < deadline <= now]
+        first = min((deadline for deadline in deadlines if deadline > now), default=_NEVER)
+        return due, min([first, *(self._act_on(timer)[0] for timer in due)])
 
     def _act_on(self, timer: Any) -> tuple[float, signal.Signals]:
         return self._later.get(timer) or (timer[1], self._signum)
 
-    def _ask(self, timers: list[Any]) -> list[Any]:
-        """Return these timers, each with its request, or None if its process is gone, and its limit."""
+    def _ask(self, timers: list[Any]) -> list[tuple[Any, TimerRequest | None]]:
         if self._board is None:
-            return [(timer, self._requests[timer[0]], 0.0) for timer in timers]
-        return list(self._board._requests(timers))
+            return [(timer, self._requests[timer[0]]) for timer in timers]
+        return list(self._board._ask(timers))
 
     def _wake_at(self, now: float, size: int) -> float:
-        self._forgive(self._meant)
-        self._since = now
-        until = self._next_look(now)
+        self._forgive()
+        self._since, soon, poked = now, now + _HEARTBEAT, self._board._poked if self._board else _NEVER
+        _, until = self._look(now)
+        if min(until, poked) < _NEVER:  # after a poke it stays up for a while, or each short call would have to poke
+            until = min(until, poked, soon)
         if self._board is not None:
             # Look again once that is known: who stored a deadline before could only go by the old one.
             self._board._look[0] = until if until < _NEVER else -now
-            until = min(until, self._next_look(now))
+            until = min(until, self._look(now)[1])
         elif size:
-            until = min(until, now + _HEARTBEAT)  # a killed worker may have counted a request that never comes
-        self._meant = min(until, now + self._max_interval)
+            until = min(until, soon)  # a killed worker may have counted a request that never comes
+        self._meant = max(until, now)
         return until
 
-    def _next_look(self, now: float) -> float:
-        _, deadlines = self._deadlines()
-        until = min(deadlines, default=_NEVER)
-        if until <= now:
-            until = min((deadline for deadline in deadlines if deadline > now), default=_NEVER)
-            until = min([until, *(self._act_on(timer)[0] for timer in self._due(now))])
-        poked = _NEVER if self._board is None else self._board._poked[1]
-        if min(until, poked) < _NEVER:  # after a poke it stays up for a while, or each short call would have to poke
-            until = min(until, now + _HEARTBEAT, max(poked, now))
-        return until
-
-    def _forgive(self, meant: float) -> None:
+    def _forgive(self) -> None:
         """Move all deadlines by the time in which the server, and probably the workers too, did not run."""
-        self._meant = time.monotonic()
-        stalled = self._meant - meant
-        running = self._due(_WALL_CLOCK) if stalled > _STALL else []
+        now = time.monotonic()
+        if self._meant == _NEVER and self._board is not None:  # it slept until poked: by the first timer, at its start
+            starts = [deadline - self._board._limit(number) for number, deadline in self._look(_WALL_CLOCK)[0]]
+            self._meant = max(self._since, min(starts, default=now))
+        stalled, self._meant = now - self._meant, now
+        running = self._look(_WALL_CLOCK)[0] if stalled > _STALL else []
         if running:
             logger.warning("local_timer: the watchdog did not run for %.1f s: all deadlines move by that", stalled)
         for timer in running:
@@ -913,7 +862,8 @@ class LocalTimerServer(TimerServer):
             pass
         try:
             # In this order no stranger can be hit: the process is held already, now ask once more whose the timers are.
-            found = [entry for entry in self._ask(self._overdue) if entry[1] and entry[1].worker_id == worker_id]
+            asked = self._ask(self._expired.get(worker_id, []))
+            found = [(timer, request) for timer, request in asked if request and request.worker_id == worker_id]
             return bool(found) and self._signal(worker_id, pidfd, found)
         except ProcessLookupError:
             return True
@@ -921,15 +871,16 @@ class LocalTimerServer(TimerServer):
             if pidfd is not None:
                 os.close(pidfd)
 
-    def _signal(self, pid: int, pidfd: int | None, found: list[Any]) -> bool:
+    def _signal(self, pid: int, pidfd: int | None, found: list[tuple[Any, TimerRequest]]) -> bool:
         send = functools.partial(os.kill, pid) if pidfd is None else functools.partial(signal.pidfd_send_signal, pidfd)
         now, reports = time.monotonic(), []
-        for (_, deadline), request, limit in found:
+        for (number, deadline), request in found:
             name = request.scope_id if request.scope_id.isprintable() else ascii(request.scope_id)
-            late = now - deadline
-            after = f"after {limit + late:.2f} s" if limit else f"{1000 * late:.1f} ms after its deadline"
+            after = f"{1000 * (now - deadline):.1f} ms after its deadline"
+            if self._board is not None:
+                after = f"after {self._board._limit(number) + now - deadline:.2f} s"
             reports.append(f"{name} is still running {after}")
-        kill = any(self._act_on(timer)[1] == signal.SIGKILL for timer, _, _ in found)
+        kill = any(self._act_on(timer)[1] == signal.SIGKILL for timer, _ in found)
         signum = signal.SIGKILL if kill else self._signum
         try:
             # SIGKILL comes before all else. Another signal may make the worker print, so there our line comes first, if
@@ -940,12 +891,9 @@ class LocalTimerServer(TimerServer):
                 send(signum)
         except PermissionError as error:
             logger.error("local_timer: %s for pid %d failed, next try in a second: %s", signum.name, pid, error)
-            self._later.update((timer, (now + 1.0, signum)) for timer, _, _ in found)
+            self._later.update((timer, (now + 1.0, signum)) for timer, _ in found)
             return False
-        if kill:
-            self._killed = {pid: now, **{other: when for other, when in self._killed.items() if now - when < 1.0}}
-        then = _NEVER if kill else now + self._grace
-        self._later.update((timer, (then, signal.SIGKILL)) for timer, _, _ in found)
+        self._later.update((timer, (now + self._grace, signal.SIGKILL)) for timer, _ in found)
         return kill
 
     def _wake(self) -> None:
@@ -967,14 +915,13 @@ def configure(timer_client: TimerClient | None) -> None:
 
 def _to_seconds(after: Any) -> float:
     if not hasattr(type(after), "__float__") and not hasattr(type(after), "__index__"):
-        raise TypeError(
-            f"after must be a number of seconds or None, not {after!r}: write `@watchdog_expires(after=30)` or"
-            " `with watchdog_expires(after=30):`"
+        form = "write `@watchdog_expires(after=30)` or `with watchdog_expires(after=30):`"
+        raise TypeError(f"after must be a number of seconds or None, not {after!r}: {form}")
+    if not 0 < after < _WALL_CLOCK:
+        raise ValueError(
+            f"after must be a positive number of seconds below {_WALL_CLOCK:g}, or None, not {after!r:.40}"
         )
-    with contextlib.suppress(OverflowError):
-        if 0 < float(after) < _WALL_CLOCK:
-            return float(after)
-    raise ValueError(f"after must be a positive number of seconds below {_WALL_CLOCK:g}, or None, not {after!r:.40}")
+    return float(after)
 
 
 def _qualified(module: str, function: str, file: str) -> str:
@@ -983,18 +930,10 @@ def _qualified(module: str, function: str, file: str) -> str:
     return module if function == "<module>" else f"{module}.{function}"
 
 
-def _drop(slot: Any, ref: object) -> None:
-    slot.cell[0] = _NEVER
-    slot.give_back()
-
-
-_CO_GENERATOR, _CO_COROUTINE, _CO_ASYNC_GENERATOR = 0x20, 0x80, 0x200  # as in inspect, which takes long to import
-
-
 class _Exit:
     """The `__exit__` of a timer, which each `with` statement looks up for itself: it alone holds what it gets.
 
-    So that dies when the block is over, however that came about. If it has not been called until then, since an
+    So that dies when the block is over, however that came about. If it has not done its work by then, since an
     interrupt struck in `__enter__` or at the entry of the call (CPython gh-74174), its death ends the timer.
     """
 
@@ -1028,42 +967,37 @@ class watchdog_expires:
     `BrokenPipeError` if the server is gone and `RuntimeError` after `configure(None)`.
     """
 
-    # By code and place in it, what __init__ found out: seconds, scope, record, text of the place; and the code itself,
-    # whose id is the key; and `after` as it was given.
-    _sites: dict[int, dict[int, Any]] = {}
+    # By place in the code and arguments, what __init__ found out: seconds, scope, record, text of the place; and the
+    # code, whose id is in the key, so that it lives on.
+    _sites: dict[Any, Any] = {}
     _frame = staticmethod(sys._getframe)
     _held: Any = None  # the slot of the running timer
-    client: TimerClient | None = None
     _guard: Any = None
+    client: TimerClient | None = None
 
     def __init__(self, after: float | None, scope: str | None = None, client: TimerClient | None = None) -> None:
         if client is not None:
             if not isinstance(client, TimerClient):
                 raise TypeError(f"client must be a TimerClient or None, not {client!r}")
             self.client = client
-        self._entry = [None]  # who pops that may enter
         frame = self._frame(1)
-        code, place = frame.f_code, frame.f_lasti
+        key = id(frame.f_code), frame.f_lasti, after, scope
         try:
-            self._site = site = self._sites[id(code)][place]
-            if (site[5] is after or site[5] == after) and site[1] == scope:
-                return
-        except KeyError:
-            if len(self._sites) >= 1000:
-                self._sites.clear()
-        seconds = None if after is None else _to_seconds(after)
+            self._site = self._sites[key]
+            return
+        except (KeyError, TypeError):
+            seconds = None if after is None else _to_seconds(after)
+        code, function = frame.f_code, getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
         file = code.co_filename.rpartition("/")[2]
         where = f" ({file[-60:]}:{frame.f_lineno}, limit {seconds or 0:g} s)"
-        name = scope
-        if name is None:
-            name = _qualified(frame.f_globals.get("__name__", "?"), getattr(code, "co_qualname", code.co_name), file)
-        record = _record(name, where, seconds or 0.0)
-        if scope is not None:
-            _check_scope(scope)
+        if scope is None:
+            record = _record(seconds or 0.0, _qualified(frame.f_globals.get("__name__", "?"), function, file), where)
+        else:
             scope = _Scope(scope)
-            scope.record = record
-        self._site = seconds, scope, record, where, code, after
-        self._sites.setdefault(id(code), {})[place] = self._site
+            scope.record = record = _record(seconds or 0.0, scope, where)
+        if len(self._sites) >= 1000:
+            self._sites.clear()
+        self._site = self._sites[key] = seconds, scope, record, where, code
 
     def __enter__(self) -> Self:
         site = self._site
@@ -1078,47 +1012,27 @@ class watchdog_expires:
                 raise RuntimeError("configure(None) has switched it off: call configure(client) or start_watchdog()")
             client = start_watchdog()
         board = client._direct if scope is None else None
-        try:
-            self._entry.pop()
-        except IndexError:
+        slot: Any = board._take() if board is not None else _Foreign(client, scope, record)
+        if self.__dict__.setdefault("_held", slot) is not slot:
+            slot.give_back()
             self._guard = None  # or the death of this `__exit__` would end the timer
-            raise RuntimeError(
-                "this timer is running: make one for each block that is entered at the same time"
-            ) from None
+            raise RuntimeError("this timer is running: make one for each block that is entered at the same time")
         try:
-            while True:
-                slot: Any = board._take() if board is not None else _Foreign(client, scope, record)
-                self._held = slot  # the key comes before the deadline, see LocalTimerClient
-                if self._guard is None:  # no `with` statement: contextlib.ExitStack
-                    self._guard = weakref.ref(self, functools.partial(_drop, slot))
-                if not slot.start(record, after):
-                    return self
+            slot.start(record, after)
         except BaseException:
             self._leave()
             raise
+        return self
 
     def _leave(self, *exc_info: object) -> None:
         slot = self._held
         if slot is not None:
-            try:
-                slot.cell[0] = _NEVER
-            except BaseException:  # an interrupt, or a client of the user's own
-                self._held = None
-                self._entry.append(None)
-                slot.cell[0] = _NEVER
-                raise
-            self._held = None  # an interrupt may bring us here again, but the slot is given back once
-            slot.give_back()
-        if not self._entry:
-            self._entry.append(None)
+            slot.cell[0] = _NEVER
+            if self.__dict__.pop("_held", None) is not None:  # another thread may leave at the same time
+                slot.give_back()
         self._guard = None
 
-    if TYPE_CHECKING:
-
-        def __exit__(self, *exc_info: object) -> None: ...
-
-    else:
-        __exit__ = _Exit()
+    __exit__ = _Exit()
 
     def reset(self) -> None:
         """Start the `after` seconds of the running timer again: a heartbeat."""
@@ -1127,48 +1041,40 @@ class watchdog_expires:
             return
         if slot is None:
             raise RuntimeError("reset() is for a running timer: call it inside the block")
-        now = time.monotonic()
-        # Where the slot is none any more, this is a forked child, which has no timer yet, or the scoreboard was lost.
+        deadline = time.monotonic() + after
         lost = slot.cell is _NOWHERE
-        if not lost and _store(self.__dict__.get, "_held", now + after) and isinstance(slot, _Slot):
-            lost = not now <= slot.look[0] <= now + after and slot.board._poke(now, now + after)
+        if not lost and _store(self.__dict__.get, "_held", deadline) and isinstance(slot, _Slot):
+            lost = not deadline - after <= slot.look[0] <= deadline and slot.board._poke(deadline - after, deadline)
         if lost:
-            self._leave()
-            self.__enter__()
+            slot.start_anew(self._site[2], after)
 
     def _copy(self, record: bytes | None = None) -> watchdog_expires:
         timer = watchdog_expires.__new__(watchdog_expires)
-        timer.client, timer._entry = self.client, [None]
-        timer._site = (*self._site[:2], record or self._site[2], None, None, None)  # it may have to be pickled
+        timer.client = self.client
+        timer._site = (*self._site[:2], record or self._site[2], None, None)  # it may have to be pickled
         return timer
 
     def __call__(self, func: Callable[P, R]) -> Callable[P, R]:
         if not callable(func) or isinstance(func, (type, staticmethod, classmethod)):
             raise TypeError(f"watchdog_expires guards a function or a method, put right above its def; not {func!r}")
-        inner: Any = func
-        while isinstance(inner, functools.partial):
-            inner = inner.func
-        flags = getattr(getattr(inner, "__code__", None), "co_flags", 0)
-        if flags & (_CO_GENERATOR | _CO_ASYNC_GENERATOR):
-            raise TypeError(
-                f"a generator runs after its call has returned, so {func!r} can't be guarded from outside: put"
-                " `with watchdog_expires(...):` inside"
-            )
-        after, scope, record, where, code, _ = self._site
+        if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+            cure = "put `with watchdog_expires(...):` inside"
+            raise TypeError(f"a generator runs after its call has returned, so {func!r} can't be guarded: {cure}")
+        after, scope, record, where, code = self._site
         if after is None:
             return func
         if scope is None:
             function = getattr(func, "__qualname__", None) or type(func).__qualname__
             module = getattr(func, "__module__", None) or "?"
-            record = _record(_qualified(module, function, code.co_filename.rpartition("/")[2]), where, after)
+            record = _record(after, _qualified(module, function, code.co_filename.rpartition("/")[2]), where)
         timer = self._copy(record)
 
-        if flags & _CO_COROUTINE:
+        if inspect.iscoroutinefunction(func):
 
             @functools.wraps(func)
             async def guarded_coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:
                 with timer._copy():
-                    return await func(*args, **kwargs)  # type: ignore[misc]
+                    return await func(*args, **kwargs)
 
             return guarded_coroutine  # type: ignore[return-value]
 
@@ -1185,8 +1091,8 @@ class watchdog_expires:
                 slot = board._take()
                 try:  # twice, since an interrupt may strike also between the end of a `try` and its `finally`
                     try:
-                        if not slot.start(record, after):
-                            return func(*args, **kwargs)
+                        slot.start(record, after)
+                        return func(*args, **kwargs)
                     finally:
                         slot.cell[0] = never
                 finally:
@@ -1208,7 +1114,8 @@ _WAY_OUT = "run a LocalTimerServer in the program that starts this process and c
 _SHIELDED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 # What the interpreter runs: this file, bit by bit, since to compile it in one go would cost 2 MB for good.
 _MAIN = """from __future__ import annotations
-import sys
+import os, sys
+os.closerange(3, 65536)  # what a C library has left open to be inherited
 del sys.argv[0]
 __file__ = sys.argv[0]
 with open(__file__) as file:
@@ -1233,7 +1140,7 @@ def start_watchdog(*args: object, signum: int = signal.SIGABRT, grace: float = 5
         if isinstance(client, LocalTimerClient) and getattr(client._board, "_settings", ()) == (signum, grace):
             return client
         board = _WatchedScoreboard(signum, grace)
-        board._poke(time.monotonic(), _NEVER)
+        board._no_server()
         board._enter_process()
         client = LocalTimerClient(board)
         configure(client)
@@ -1243,23 +1150,6 @@ def start_watchdog(*args: object, signum: int = signal.SIGABRT, grace: float = 5
             " either, though it prints the stack: run the container with an init process (docker run --init)"
         )
     return client
-
-
-def _print_stacks_on_abort() -> None:
-    if callable(signal.getsignal(signal.SIGABRT)) or sys.__stderr__ is None:
-        return  # a handler of the program's own makes it a soft limit
-    # is_enabled() is not enough: signal.signal(SIGABRT, ...) takes the handler away and doesn't tell (see proc(5)).
-    enabled = faulthandler.is_enabled()
-    try:
-        with open("/proc/self/status") as status:
-            caught = next((int(line.split()[1], 16) for line in status if line.startswith("SigCgt:")), -1)
-            enabled = enabled and bool(caught >> (signal.SIGABRT - 1) & 1)
-    except OSError as error:
-        if error.errno is None:
-            raise  # it comes from a signal handler: TimeoutError is an OSError
-    if not enabled and not sys.__stderr__.closed:
-        faulthandler.disable()
-        faulthandler.enable(sys.__stderr__)
 
 
 class _WatchedScoreboard(Scoreboard):
@@ -1272,15 +1162,24 @@ class _WatchedScoreboard(Scoreboard):
         super().__init__()
 
     def _enter_process(self) -> None:
-        super()._enter_process()
-        if self._settings[0] == signal.SIGABRT:
-            _print_stacks_on_abort()
+        custom = callable(signal.getsignal(signal.SIGABRT))  # which makes it a soft limit
+        if custom or self._settings[0] != signal.SIGABRT or sys.__stderr__ is None or sys.__stderr__.closed:
+            return
+        # is_enabled() is not enough: signal.signal(SIGABRT, ...) takes the handler away and doesn't tell (see proc(5)).
+        enabled = faulthandler.is_enabled()
+        if enabled and os.access("/proc/self/status", os.R_OK):
+            with open("/proc/self/status") as status:
+                caught = next((line.split()[1] for line in status if line.startswith("SigCgt:")), "-1")
+            enabled = bool(int(caught, 16) >> (signal.SIGABRT - 1) & 1)
+        if not enabled:
+            faulthandler.disable()
+            faulthandler.enable(sys.__stderr__)
 
-    def _reopen(self) -> None:
-        self._lost = self._table, getattr(self, "_lost", None)  # see __del__
+    def _lost(self) -> None:
+        self._kept.append(self._table)  # see __del__
         Scoreboard.__init__(self)
 
-    def _check_server(self) -> None:
+    def _no_server(self) -> None:
         with _Process.lock:
             started, pid = self._start  # first, since a new server takes the lock before it clears that
             mine = set(_Process.watchdogs)
@@ -1298,105 +1197,93 @@ class _WatchedScoreboard(Scoreboard):
                 raise RuntimeError(f"the watchdog process ends when it has just been started: {_WAY_OUT}")
             if pid in _Process.watchdogs or (pid not in mine and time.monotonic() - started < 1.0):
                 return  # one is about to serve
-            self._launch()
-
-    def _launch(self) -> None:
-        works = os.access(sys.executable or "", os.X_OK) and not getattr(sys, "frozen", False)
-        if sys.is_finalizing() or not works or not os.path.isfile(_THIS_FILE):
-            raise RuntimeError(f"no interpreter ({sys.executable!r}) can be started on {_THIS_FILE!r} now: {_WAY_OUT}")
-        if self._look[0]:
-            logger.warning("local_timer: the watchdog process is lost; starting another")
-        numbers = map(str, [self._reader, self._file, int(self._settings[0]), float(self._settings[1])])
-        # The child inherits the mask, so that nothing can strike before it ignores these signals.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        self._start[0] = time.monotonic()
-        try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SHIELDED)
-            with _standard_descriptors_taken():
-                command = [sys.executable, "-IS", "-OO", "-c", _MAIN, _THIS_FILE, "--watchdog", *numbers]
-                pid = util.spawnv_passfds(os.fsencode(sys.executable), command, [self._reader, self._file])
+            if self._look[0]:
+                logger.warning("local_timer: the watchdog process is lost; starting another")
+            python, settings = sys.executable or "", [str(int(self._settings[0])), str(float(self._settings[1]))]
+            command = [python, "-IS", "-OO", "-c", _MAIN, _THIS_FILE, "--watchdog", *settings]
+            # Who waits for the end of the program's output must not wait for the watchdog: its stdout is our file.
+            files = [(os.POSIX_SPAWN_DUP2, self._reader, 0), (os.POSIX_SPAWN_DUP2, self._file, 1)]
+            try:
+                if not (python and os.path.isfile(_THIS_FILE)) or getattr(sys, "frozen", sys.is_finalizing()):
+                    raise OSError("there is no interpreter or no such file now")
+                self._start[0] = time.monotonic()
+                pid = os.posix_spawn(python, command, os.environ, file_actions=files, setsigmask=_SHIELDED)
                 _Process.watchdogs.add(pid)
                 self._start[1] = pid
-        except BaseException:
-            self._start[0] = 0.0
-            raise
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            except OSError as error:
+                self._start[0] = 0.0
+                raise RuntimeError(f"can't start {python!r} on {_THIS_FILE!r} ({error}): {_WAY_OUT}") from error
 
 
-def _watchdog_main(reader: str, file: str, signum: str, grace: str) -> None:
+class _Stderr:
+    """The logger of the watchdog process, in place of 3 MB of imports. It never waits for who reads stderr."""
+
+    def error(self, message: str, *values: object) -> None:
+        stderr = select.poll()
+        stderr.register(2, select.POLLOUT)
+        with contextlib.suppress(OSError):
+            if stderr.poll(0):
+                line = (message % values).encode(errors="backslashreplace")
+                os.write(2, line[: select.PIPE_BUF - 1] + b"\n")  # for which there is room then
+
+    warning = exception = error
+
+
+def _watchdog_main(signum: str, grace: str) -> None:
     for shielded in _SHIELDED:
         signal.signal(shielded, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHIELDED)
-    # Who waits for the end of the program's output must not wait for us. There may be no /dev/null to put there.
-    for standard in (0, 1) if _identity(2) else (0, 1, 2):
-        os.dup2(int(reader), standard)
     board = Scoreboard.__new__(Scoreboard)
-    board._attach(int(reader), -1, int(file))
+    board._descriptors = {}
+    board._attach(0, -1, 1)
     with contextlib.suppress(RuntimeError):  # another one was faster
         LocalTimerServer(board, threading.TIMEOUT_MAX, signum=int(signum), grace=float(grace)).run()
 
 
 # ------------------------------------------------------------------------------------------------------------- demo
-def _demo_case(case: str) -> None:
-    import asyncio
-
-    @watchdog_expires(after=1)
-    def work() -> None:
-        while case == "in a Python loop":
-            pass
-        if case == "with heartbeats":
-            with watchdog_expires(after=0.5) as timer:
-                for _ in range(3):
-                    time.sleep(0.2)
-                    timer.reset()
-        elif case == "in a lock":
-            lock = threading.Lock()
-            with lock, lock:
-                pass
-        elif case == "in async code":
-            asyncio.run(asyncio.sleep(60))
-        elif case == "in C code that holds the GIL":
-            sum(itertools.repeat(0))
-        else:
-            time.sleep(60 if case == "asleep" else 0.6)
-
-    start_watchdog()
-    print(time.monotonic() + 1, flush=True)
-    work()
-
-
-_DEMO: dict[str, int] = dict.fromkeys(["just in time", "with heartbeats"], 0)  # by case, the exit status that is due
-_DEMO.update(dict.fromkeys(["asleep", "in a Python loop", "in a lock", "in async code"], -signal.SIGABRT))
-_DEMO["in C code that holds the GIL"] = -signal.SIGABRT
-
-
-def _demo_result(case: str) -> tuple[str, int, float, str]:
-    import subprocess
-
-    command = [sys.executable, _THIS_FILE, case]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = float(process.stdout.readline() or 0)  # type: ignore[union-attr]
-        give_up = threading.Timer(8, process.kill)
-        give_up.start()
-        status, late = process.wait(), time.monotonic() - deadline
-        give_up.cancel()
-        return case, status, late, process.stderr.read()  # type: ignore[union-attr]
-
-
-def _demo() -> int:
+def _demo(one: str = "") -> int:
     """Show on real processes what a guarded one becomes; return 0 exactly if each ended as it should."""
+    import asyncio
+    import subprocess
     from concurrent.futures import ThreadPoolExecutor
+
+    healthy: dict[str, Callable[[], object]] = {
+        "returns in time": lambda: time.sleep(0.6),
+        "makes many calls": lambda: [watchdog_expires(after=0.5)(time.sleep)(0.01) for _ in range(60)],
+    }
+    hung: dict[str, Callable[[], object]] = {
+        "asleep": lambda: time.sleep(60),
+        "in a Python loop": lambda: all(True for _ in itertools.repeat(0)),
+        "in a lock": lambda: [lock.acquire() for lock in 2 * [threading.Lock()]],
+        "in async code": lambda: asyncio.run(asyncio.sleep(60)),
+        "in C code that holds the GIL": lambda: sum(itertools.repeat(0)),
+    }
+    cases = {**healthy, **hung}
+    if one:
+        start_watchdog()
+        print(time.monotonic() + 1, flush=True)
+        watchdog_expires(after=1)(cases[one])()
+        return 0
+
+    def run(case: str) -> tuple[str, int, float, str]:
+        command = [sys.executable, _THIS_FILE, case]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            give_up = threading.Timer(8, process.kill)
+            give_up.start()
+            deadline = float(process.stdout.readline() or 0)  # type: ignore[union-attr]
+            status, late = process.wait(), time.monotonic() - deadline
+            give_up.cancel()
+            return case, status, late, process.stderr.read()  # type: ignore[union-attr]
 
     print("Workers, each under a limit of 1 s:\n")
     failures = 0
-    with ThreadPoolExecutor(len(_DEMO)) as pool:
-        results = list(pool.map(_demo_result, _DEMO))
-        for case, status, late, _ in results:
-            end = f"died of {signal.Signals(-status).name}, {1000 * late:.1f} ms late" if status < 0 else "returned"
-            verdict = "ok  " if status == _DEMO[case] else "FAIL"
-            failures += verdict == "FAIL"
-            print(f"{verdict}  {case:30} {end}")
+    with ThreadPoolExecutor(len(cases)) as pool:
+        results = list(pool.map(run, cases))
+    for case, status, late, _ in results:
+        good = status == (0 if case in healthy else -signal.SIGABRT)
+        end = f"died of {signal.Signals(-status).name}, {1000 * late:.1f} ms late" if status < 0 else "returned"
+        print(f"{'ok  ' if good else 'FAIL'}  {case:30} {end}")
+        failures += not good
     print(f"\nThe last one left this on stderr:\n\n{results[-1][3]}")
     return 1 if failures else 0
 
@@ -1405,7 +1292,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--watchdog"]:
         logger = _Stderr()  # type: ignore[assignment]
         _watchdog_main(*sys.argv[2:])
-    elif sys.argv[1:]:
-        _demo_case(sys.argv[1])
     else:
-        sys.exit(_demo())
+        sys.exit(_demo(*sys.argv[1:]))
