@@ -220,10 +220,10 @@ class _Slot:
 _cell = operator.attrgetter("cell")
 
 
-def _store(held_by: Callable[[Any], Any], key: object, deadline: float) -> bool:
+def _store(slots: Iterable[Any], deadline: float) -> bool:
     # The user of a slot may be any thread, and another may just give it back. So this is in C from end to end: the GIL
-    # stays here from the look-up to the store.
-    return bool(list(map(operator.setitem, map(_cell, filter(None, map(held_by, (key,)))), (0,), (deadline,))))
+    # stays here from the look-up of the first of `slots` to the store.
+    return bool(list(map(operator.setitem, map(_cell, slots), (0,), (deadline,))))
 
 
 class Scoreboard(RequestQueue):
@@ -334,6 +334,9 @@ class Scoreboard(RequestQueue):
 
     # What a worker does.
 
+    def _find(self, scope: str) -> Iterator[_Slot]:
+        return filter(None, map(self._scopes.get, (scope,)))
+
     def _take(self) -> _Slot:
         try:
             return self._free.pop()
@@ -432,7 +435,7 @@ class Scoreboard(RequestQueue):
         pokes = os.read(self._reader, 65536) if self._is_ours() else b""  # all of them: a pipe holds no more
         if not pokes:
             raise _NobodyLeft
-        self._poked = min(memoryview(pokes).cast("d"))
+        self._poked = min(memoryview(pokes[: len(pokes) & -8]).cast("d"), default=0.0)
         return []
 
     def _running(self) -> list[float]:
@@ -543,7 +546,7 @@ class LocalTimerClient(TimerClient):
                 slot = board._scopes.get(scope) or board._take()
                 if board._scopes.setdefault(scope, slot) is slot:
                     slot.describe(record)
-                    stored, now = _store(board._scopes.get, scope, deadline), time.monotonic()
+                    stored, now = _store(board._find(scope), deadline), time.monotonic()
                 else:
                     slot.give_back()  # another thread was faster
         except BaseException:
@@ -555,13 +558,12 @@ class LocalTimerClient(TimerClient):
         if self._board is None:
             self._mp_queue.put(TimerRequest(os.getpid(), str(scope_id), -1.0))
             return
-        scopes = self._board._scopes
         try:
-            _store(scopes.get, scope_id, _NEVER)  # the deadline goes before the key, for the same reason
+            _store(self._board._find(scope_id), _NEVER)  # the deadline goes before the key, for the same reason
         except BaseException:
-            _store(scopes.get, scope_id, _NEVER)
+            _store(self._board._find(scope_id), _NEVER)
             raise
-        slot = scopes.pop(scope_id, None)
+        slot = self._board._scopes.pop(scope_id, None)
         if slot is not None:
             slot.give_back()
 
@@ -802,18 +804,21 @@ class LocalTimerServer(TimerServer):
                 expired.setdefault(request.worker_id, []).append(request)
         return expired
 
-    def _look(self, now: float) -> tuple[list[Any], float]:
-        """Return the timers whose deadline is not after `now`, and when to act on the next one."""
+    def _look(self, now: float) -> tuple[list[Any], list[float]]:
+        """Return the timers whose deadline is not after `now`, and all deadlines."""
         keys: Iterable[Any] = self._requests
         deadlines = [request.expiration_time for request in self._requests.values()]
         if self._board is not None:
             keys, deadlines = itertools.count(), self._board._running()
-        first = min(deadlines, default=_NEVER)
-        if first > now:
-            return [], first  # as nearly always, and with 100,000 timers this counts
-        due = [(key, deadline) for key, deadline in zip(keys, deadlines) if 0 < deadline <= now]
-        first = min((deadline for deadline in deadlines if deadline > now), default=_NEVER)
-        return due, min([first, *(self._act_on(timer)[0] for timer in due)])
+        if min(deadlines, default=_NEVER) > now:
+            return [], deadlines  # as nearly always, and with 100,000 timers this counts
+        return [(key, deadline) for key, deadline in zip(keys, deadlines) if 0 < deadline <= now], deadlines
+
+    def _next(self, now: float) -> float:
+        due, deadlines = self._look(now)
+        if due:
+            deadlines = [*(self._act_on(timer)[0] for timer in due), *(each for each in deadlines if each > now)]
+        return min(deadlines, default=_NEVER)
 
     def _act_on(self, timer: Any) -> tuple[float, signal.Signals]:
         return self._later.get(timer) or (timer[1], self._signum)
@@ -826,13 +831,13 @@ class LocalTimerServer(TimerServer):
     def _wake_at(self, now: float, size: int) -> float:
         self._forgive()
         self._since, soon, poked = now, now + _HEARTBEAT, self._board._poked if self._board else _NEVER
-        _, until = self._look(now)
+        until = self._next(now)
         if min(until, poked) < _NEVER:  # after a poke it stays up for a while, or each short call would have to poke
             until = min(until, poked, soon)
         if self._board is not None:
             # Look again once that is known: who stored a deadline before could only go by the old one.
             self._board._look[0] = until if until < _NEVER else -now
-            until = min(until, self._look(now)[1])
+            until = min(until, self._next(now))
         elif size:
             until = min(until, soon)  # a killed worker may have counted a request that never comes
         self._meant = max(until, now)
@@ -930,20 +935,11 @@ def _qualified(module: str, function: str, file: str) -> str:
     return module if function == "<module>" else f"{module}.{function}"
 
 
-class _Exit:
-    """The `__exit__` of a timer, which each `with` statement looks up for itself: it alone holds what it gets.
+class _Exit(property):
+    """What `contextlib.ExitStack` finds, which looks it up on the class, is to be called."""
 
-    So that dies when the block is over, however that came about. If it has not done its work by then, since an
-    interrupt struck in `__enter__` or at the entry of the call (CPython gh-74174), its death ends the timer.
-    """
-
-    def __get__(self, timer: Any, owner: Any) -> Any:
-        if timer is None:
-            return owner._leave  # for contextlib.ExitStack, which looks it up on the class
-        leave = timer._leave
-        if timer._held is None:
-            timer._guard = weakref.ref(leave, timer._leave)
-        return leave
+    def __call__(self, timer: watchdog_expires, *exc_info: object) -> None:
+        timer._leave()
 
 
 class watchdog_expires:
@@ -967,19 +963,18 @@ class watchdog_expires:
     `BrokenPipeError` if the server is gone and `RuntimeError` after `configure(None)`.
     """
 
+    __slots__ = ("client", "_site", "_held", "_guard")
     # By place in the code and arguments, what __init__ found out: seconds, scope, record, text of the place; and the
     # code, whose id is in the key, so that it lives on.
     _sites: dict[Any, Any] = {}
     _frame = staticmethod(sys._getframe)
-    _held: Any = None  # the slot of the running timer
-    _guard: Any = None
-    client: TimerClient | None = None
 
     def __init__(self, after: float | None, scope: str | None = None, client: TimerClient | None = None) -> None:
-        if client is not None:
-            if not isinstance(client, TimerClient):
-                raise TypeError(f"client must be a TimerClient or None, not {client!r}")
-            self.client = client
+        if client is not None and not isinstance(client, TimerClient):
+            raise TypeError(f"client must be a TimerClient or None, not {client!r}")
+        self.client = client
+        self._held: list[Any] = []  # the slot of the running timer
+        self._guard: Any = None
         frame = self._frame(1)
         key = id(frame.f_code), frame.f_lasti, after, scope
         try:
@@ -1013,7 +1008,9 @@ class watchdog_expires:
             client = start_watchdog()
         board = client._direct if scope is None else None
         slot: Any = board._take() if board is not None else _Foreign(client, scope, record)
-        if self.__dict__.setdefault("_held", slot) is not slot:
+        self._held.append(slot)
+        if self._held[0] is not slot:
+            self._held.remove(slot)
             slot.give_back()
             self._guard = None  # or the death of this `__exit__` would end the timer
             raise RuntimeError("this timer is running: make one for each block that is entered at the same time")
@@ -1025,32 +1022,41 @@ class watchdog_expires:
         return self
 
     def _leave(self, *exc_info: object) -> None:
-        slot = self._held
-        if slot is not None:
-            slot.cell[0] = _NEVER
-            if self.__dict__.pop("_held", None) is not None:  # another thread may leave at the same time
-                slot.give_back()
+        if self._held:
+            self._held[0].cell[0] = _NEVER
+            self._held.pop(0).give_back()
         self._guard = None
 
-    __exit__ = _Exit()
+    @_Exit
+    def __exit__(self) -> Callable[..., None]:
+        # Each `with` statement looks this up for itself and alone holds what it gets: that dies when the block is over,
+        # however that came about. If it has not done its work by then, since an interrupt struck in __enter__ or at the
+        # entry of the call (CPython gh-74174), its death ends the timer.
+        leave = self._leave
+        if not self._held:
+            self._guard = weakref.ref(leave, self._leave)
+        return leave
 
     def reset(self) -> None:
         """Start the `after` seconds of the running timer again: a heartbeat."""
-        slot, after = self._held, self._site[0]
+        after = self._site[0]
         if after is None:
             return
+        slot = next(iter(self._held), None)
         if slot is None:
-            raise RuntimeError("reset() is for a running timer: call it inside the block")
+            raise RuntimeError(
+                "reset() is for the `timer` of a `with watchdog_expires(...) as timer:`, inside its block"
+            )
         deadline = time.monotonic() + after
         lost = slot.cell is _NOWHERE
-        if not lost and _store(self.__dict__.get, "_held", deadline) and isinstance(slot, _Slot):
+        if not lost and _store(self._held, deadline) and isinstance(slot, _Slot):
             lost = not deadline - after <= slot.look[0] <= deadline and slot.board._poke(deadline - after, deadline)
         if lost:
             slot.start_anew(self._site[2], after)
 
     def _copy(self, record: bytes | None = None) -> watchdog_expires:
         timer = watchdog_expires.__new__(watchdog_expires)
-        timer.client = self.client
+        timer.client, timer._held, timer._guard = self.client, [], None
         timer._site = (*self._site[:2], record or self._site[2], None, None)  # it may have to be pickled
         return timer
 

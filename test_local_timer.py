@@ -1090,7 +1090,7 @@ def test_the_function_is_kept_and_the_client_looked_up_at_the_call_if_none_was_g
         except BrokenPipeError: print(len(broken.names()))
 """)
 def test_a_timer_object_is_entered_once_at_a_time_and_survives_a_failing_client(result: Result) -> None:
-    assert re.fullmatch(r"(.*inside the block\n.*this timer is running.*\n){2}1\n2\n3\n", result.output)
+    assert re.fullmatch(r"(.*inside its block\n.*this timer is running.*\n){2}1\n2\n3\n", result.output)
 
 
 @runs("""
