@@ -385,10 +385,6 @@ class Scoreboard(RequestQueue):
         if not self._is_ours():
             self._lost()
             return True
-        # Who has closed a copy of the file has lost its locks. To lock again is no harm; if it fails, the row is gone.
-        if not all(self._lock(1 + _ROWS + row) for row in list(self._rows)):
-            self._forget()
-            return True
         self._check_at = now + 1.0
         look = self._look[0]
         if now <= look <= deadline:
@@ -600,7 +596,7 @@ class TimerServer(abc.ABC):
     """
 
     def __init__(self, request_queue: RequestQueue, max_interval: float, daemon: bool = True) -> None:
-        if not 0 < max_interval <= threading.TIMEOUT_MAX:
+        if not isinstance(max_interval, (int, float)) or not 0 < max_interval <= threading.TIMEOUT_MAX:
             raise ValueError(f"max_interval must be a positive number of seconds, not {max_interval!r}")
         self._request_queue, self._max_interval, self._daemon = request_queue, max_interval, daemon
         self._watchdog_thread: threading.Thread | None = None
@@ -714,7 +710,7 @@ class TimerServer(abc.ABC):
 def _check_escalation(signum: int, grace: float) -> None:
     if signum not in set(signal.Signals):
         raise ValueError(f"signum must be a signal of this system, not {signum!r}")
-    if not 0 <= grace <= threading.TIMEOUT_MAX:
+    if not isinstance(grace, (int, float)) or not 0 <= grace <= threading.TIMEOUT_MAX:
         raise ValueError(f"grace must be a number of seconds from 0 up, not {grace!r}")
 
 

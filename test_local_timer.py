@@ -915,14 +915,26 @@ def test_whatever_a_worker_writes_a_root_server_kills_no_bystander(result: Resul
 
 
 @linux_only
-@pytest.mark.parametrize("when", ["at once", "amid calls"])
+@runs("""
+    import resource
+    with LocalTimerServer() as server:
+        hung = fork(lambda: (server.client().acquire("hung", time.monotonic() + 0.5), time.sleep(FOREVER)))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        print(end_of(hung))
+""")
+def test_a_server_out_of_descriptors_kills(result: Result) -> None:
+    assert result[:2] == (0, "-9\n")
+
+
+@linux_only
+@pytest.mark.parametrize("when", ["at once", "amid calls", "and opening none"])
 @pytest.mark.parametrize("guard", ["server", "watchdog", "watchdog of the parent", "watchdog of a daemon"])
 @runs("""
     def program():
         if "daemon" in guard and os.fork(): os._exit(0)
         for _ in range(50 if when == "amid calls" else 0): call(0.01)
         os.dup2(2, 1000), os.closerange(0, 1000)
-        for _ in range(60): os.open("mine", os.O_RDWR | os.O_CREAT)
+        for _ in range(1 if when == "and opening none" else 60): os.open("mine", os.O_RDWR | os.O_CREAT)
         os.dup2(1000, 2)
         try:
             for _ in range(200): call(0.01)
@@ -1123,18 +1135,20 @@ watchdog_expires({0, -1, 10**400, math.nan, math.inf, -math.inf})  ValueError   
 watchdog_expires(5)({lambda: (yield), async_generator})            TypeError     with watchdog_expires(
 watchdog_expires(5)({Scoreboard, 'text', classmethod(call)})        TypeError     above its def
 watchdog_expires(5, client={'text', lt.LocalTimerClient})          TypeError     TimerClient
+watchdog_expires(5, scope={3, b'x'})                               TypeError     a scope must be a str
 watchdog_expires(5, scope='ü' * 101)                               ValueError    200 bytes
 configure({'text', lt.LocalTimerClient})                           TypeError     TimerClient
 configure(None) or call()                                          RuntimeError  configure(client)
 configure(None) or watchdog_expires(5).__enter__()                 RuntimeError  start_watchdog()
+acquire(3, 5.0)                                                    TypeError     a scope must be a str
 acquire('x' * 201, 5.0)                                            ValueError    200 bytes
 acquire('a', {time.time(), time.time() + 30, -1.0, math.nan})      ValueError    time.monotonic()
 acquire('a', {time.time(), math.inf}, multiprocessing.Queue)      ValueError    time.monotonic()
 lt.LocalTimerClient('text')                                        TypeError     queue
 lt.LocalTimerServer('text')                                        TypeError     queue
-lt.LocalTimerServer(None, {0, -1, math.nan, math.inf})             ValueError    max_interval
-lt.LocalTimerServer(grace={-1, math.nan, math.inf})                ValueError    grace
-lt.LocalTimerServer(signum={0, -9, 999})                           ValueError    signum
+lt.LocalTimerServer(None, {0, -1, math.nan, math.inf, '1'})        ValueError    max_interval
+lt.LocalTimerServer(grace={-1, math.nan, math.inf, '1', None})     ValueError    grace
+lt.LocalTimerServer(signum={0, -9, 999, '9'})                      ValueError    signum
 lt.start_watchdog(signal.SIGINT)                                   TypeError     signum=
 lt.start_watchdog(signum=0)                                        ValueError    signum
 lt.start_watchdog(grace=-1)                                        ValueError    grace
@@ -1243,6 +1257,19 @@ def test_it_works_wherever_it_was_vendored_and_the_demo_tells_whether_it_does(re
 """)
 def test_where_no_interpreter_can_be_started_an_error_names_the_way_out(line: str, result: Result) -> None:
     assert result.status == 0 and "LocalTimerServer" in result.output and "not called" not in result.output
+
+
+@runs("""
+    import shutil
+    shutil.copy(local_timer.__file__, "vendored.py")
+    import vendored
+    with open("vendored.py", "w") as file: file.write("raise SystemExit(3)")
+    call = vendored.watchdog_expires(after=5)(time.monotonic)
+    try: wait_until(lambda: call() < 0)
+    except RuntimeError as error: print(error)
+""")
+def test_a_watchdog_that_can_not_start_is_told_by_the_next_call(result: Result) -> None:
+    assert result.status == 0 and "LocalTimerServer" in result.output
 
 
 @pytest.mark.parametrize("when", ["in a destructor", "in a destructor, decorated there", "at exit"])
