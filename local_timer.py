@@ -267,7 +267,7 @@ class Scoreboard(RequestQueue):
         self._reader, self._writer, self._file = reader, writer, file
         self._table = table = memoryview(mmap.mmap(file, _SIZE))
         self._look: Any = table[:8].cast("d")  # when the server looks next; negative: not before it is poked
-        self._start: Any = table[8:16].cast("d")  # when one was started that does not serve yet
+        self._start: Any = table[8:24].cast("d")  # when one was started that does not serve yet, first and last
         self._deadlines: Any = table[_DEADLINES:_NAMES].cast("d")
         self._attached[self._descriptors.get(file)] = self
         self._forget()
@@ -406,7 +406,7 @@ class Scoreboard(RequestQueue):
         if self._serving or not self._lock(0):
             raise RuntimeError("another timer server serves this scoreboard already")
         self._serving = True
-        started, self._start[0] = self._start[0], 0.0
+        started, self._start[0], self._start[1] = self._start[0], 0.0, 0.0
         return float(started) or time.monotonic()
 
     def _unserve(self) -> None:
@@ -1180,7 +1180,7 @@ class _WatchedScoreboard(Scoreboard):
 
     def _check_server(self) -> None:
         with _Process.lock:
-            started = self._start[0]  # first, since a new server takes the lock before it clears that
+            first, last = self._start  # now, since a new server takes the lock before it clears that
             for child in set(_Process.starters):
                 with contextlib.suppress(ChildProcessError):
                     ended, status = os.waitpid(child, os.WNOHANG)
@@ -1192,7 +1192,8 @@ class _WatchedScoreboard(Scoreboard):
                 return
             if self._failed:
                 raise RuntimeError(f"the watchdog process ends when it has just been started: {_WAY_OUT}")
-            if time.monotonic() - started < 1.0:
+            now = time.monotonic()
+            if now - last < 1.0:
                 return  # one is about to serve
             if self._look[0]:
                 logger.warning("local_timer: the watchdog process is lost; starting another")
@@ -1203,11 +1204,11 @@ class _WatchedScoreboard(Scoreboard):
             try:
                 if not (python and os.path.isfile(_THIS_FILE)) or getattr(sys, "frozen", sys.is_finalizing()):
                     raise OSError(errno.ENOENT, "no interpreter or no such file now")
-                self._start[0] = time.monotonic()
+                self._start[0], self._start[1] = first or now, now
                 pid = os.posix_spawn(python, command, os.environ, file_actions=files, setsigmask=_SHIELDED)
                 _Process.starters.add(pid)
             except OSError as error:
-                self._start[0] = 0.0
+                self._start[0], self._start[1] = first, last
                 if error.errno is None:
                     raise  # it comes from a signal handler
                 raise RuntimeError(f"can't start {python!r} on {_THIS_FILE!r} ({error}): {_WAY_OUT}") from error
@@ -1247,8 +1248,8 @@ def _demo() -> int:
 
     last = "in C code that holds the GIL"
     healthy: dict[str, Callable[[], object]] = {
-        "returns in time": lambda: time.sleep(0.6),
-        "makes many calls": lambda: [watchdog_expires(after=0.5)(time.sleep)(0.01) for _ in range(60)],
+        "returns in time": lambda: time.sleep(0.4),
+        "makes many calls": lambda: [watchdog_expires(after=0.5)(time.sleep)(0.01) for _ in range(20)],
     }
     hung: dict[str, Callable[[], object]] = {
         "asleep": lambda: time.sleep(60),
@@ -1259,14 +1260,14 @@ def _demo() -> int:
     }
     print(f"Workers, each under a limit of 1 s; what is killed {last} leaves its stack:\n", flush=True)
     start_watchdog()
-    start, workers, failures = time.monotonic() + 0.2, {}, 0
+    start, workers, failures = time.monotonic() + 0.3, {}, 0
     for case, work in {**healthy, **hung}.items():
         pid = os.fork()
         if not pid:
             if case != last:
                 os.dup2(os.open("/", os.O_RDONLY), 2)  # keeps it from being written to
             signal.alarm(8)
-            time.sleep(start - time.monotonic())
+            time.sleep(max(0.0, start - time.monotonic()))
             with watchdog_expires(after=1, scope=case):
                 work()
             os._exit(0)
@@ -1274,10 +1275,13 @@ def _demo() -> int:
     while workers:
         pid, status = os.wait()
         late, case = 1000 * (time.monotonic() - start - 1), workers.pop(pid, "")
+        status = os.waitstatus_to_exitcode(status)
         if case:
-            good = status == (0 if case in healthy else signal.SIGABRT)
+            good = status == (0 if case in healthy else -signal.SIGABRT)
             failures += not good
-            end = f"died of {signal.Signals(status).name}, {late:.1f} ms late" if status else "returned"
+            end = (
+                f"died of {signal.Signals(-status).name}, {late:.1f} ms late" if status < 0 else f"ended with {status}"
+            )
             print(f"{'ok  ' if good else 'FAIL'}  {case:30} {end}", flush=True)
     return 1 if failures else 0
 

@@ -1273,6 +1273,7 @@ def test_a_program_however_started_prints_where_it_hangs_and_dies(how: str, resu
     def demo():
         command = [sys.executable, "-m", "myapp._vendor.local_timer"]
         ended = subprocess.run(command, env={}, capture_output=True, text=True)
+        sys.stderr.write(ended.stdout + ended.stderr)
         print(ended.returncode, *map(ended.stdout.count, ("\\nok  ", "\\nFAIL")), ended.stderr.count('py", line'))
 
     copy = Path("my apps \\u00fc/myapp/_vendor/local_timer.py").resolve()
