@@ -102,7 +102,8 @@ class MultiprocessingRequestQueue(RequestQueue):
     """A `RequestQueue` over any `multiprocessing` queue, for programs that were written for PyTorch's timer.
 
     Such a queue sends through a thread that needs the GIL: a worker that hangs with the GIL held right after `acquire`
-    is missed, and one killed while it holds the queue's lock silences all others. A `Scoreboard` has neither weakness.
+    is missed. One killed while it holds the queue's lock silences all others, and for one that died with a timer
+    running who has its pid then is killed. A `Scoreboard` has none of these weaknesses.
     """
 
     def __init__(self, mp_queue: Any) -> None:
@@ -133,6 +134,8 @@ class MultiprocessingRequestQueue(RequestQueue):
 # The table is one sparse file, mapped by all. Each byte of it has one writer: of the header that is the server (and who
 # starts one), of a row the process that has locked it. The locks are on numbers, not on content: 0 is the server's; of
 # a row, 1 + row is locked to clear it, and 1 + _ROWS + row once it is clear: only then is the process its owner.
+# A worker stores a deadline, then reads when the server looks; the server stores that, then reads the deadlines. There
+# is no fence: either store is visible long before the interpreter gets to the read.
 _ROWS, _ROW = 15_625, 16  # of so many timers: two cache lines of deadlines, so that processes don't share any
 _USED = 64  # where a byte for each row tells whether it was ever claimed; before that comes the header
 _DEADLINES = 16_384  # a double for each timer, infinite where none runs
@@ -281,7 +284,7 @@ class Scoreboard(RequestQueue):
         self._free: list[_Slot] = []
         self._scopes: dict[str, _Slot] = {}
         self._rows: set[int] = set()
-        self._turn = itertools.count()  # from which each thread takes another row to try, until it has tried them all
+        self._candidates = itertools.count()  # for a row: each thread tries other ones
         self._check_at = self._poked = _NEVER
         self._unanswered = _NEVER, _NEVER  # what _look was at the last poke, and since when
         self._serving = False
@@ -348,7 +351,7 @@ class Scoreboard(RequestQueue):
         if not self._rows:
             self._enter_process()
         rows, free = self._rows, self._free
-        for row in itertools.islice(self._turn, _ROWS):
+        for row in itertools.islice(self._candidates, _ROWS):
             row %= _ROWS
             if row not in rows and self._lock(1 + row):  # a lock that this process holds would be granted again
                 break
@@ -566,7 +569,7 @@ class LocalTimerClient(TimerClient):
             slot.give_back()
 
 
-class _Foreign:
+class _ClientTimer:
     """A timer with a scope, or of any other client, to be used like a `_Slot`. It is its own cell."""
 
     _count = itertools.count(1)
@@ -726,7 +729,7 @@ class LocalTimerServer(TimerServer):
     ...     worker = multiprocessing.Process(target=work, args=(server.client(),))
 
     It looks at a `Scoreboard`, by default one of its own, or takes requests from any `multiprocessing` queue. It holds
-    no descriptor for a worker and touches no process that has acquired no timer.
+    no descriptor for a worker.
     """
 
     # A timer is a pair, which one (the number of its slot; of a queue, worker and scope) and its deadline: once that
@@ -784,12 +787,12 @@ class LocalTimerServer(TimerServer):
     def clear_timers(self, worker_ids: set[Any]) -> None:
         self._requests = {key: request for key, request in self._requests.items() if key[0] not in worker_ids}
         if worker_ids and self._board is not None:  # who is dying has its timers still, for a moment
-            for timer, request in self._board._ask(self._look(time.monotonic() + 1.0)[0]):
+            for timer, request in self._board._ask(self._due(time.monotonic() + 1.0)[0]):
                 if request is not None and request.worker_id in worker_ids:
                     self._later[timer] = _NEVER, signal.SIGKILL
 
     def get_expired_timers(self, deadline: float) -> dict[Any, list[TimerRequest]]:
-        due, _ = self._look(deadline)
+        due, _ = self._due(deadline)
         passed = set(due)
         self._later = {timer: act for timer, act in self._later.items() if timer[1] > deadline or timer in passed}
         self._expired = {}
@@ -802,7 +805,7 @@ class LocalTimerServer(TimerServer):
                 expired.setdefault(request.worker_id, []).append(request)
         return expired
 
-    def _look(self, now: float) -> tuple[list[Any], list[float]]:
+    def _due(self, now: float) -> tuple[list[Any], list[float]]:
         """Return the timers whose deadline is not after `now`, and all deadlines."""
         keys: Iterable[Any] = self._requests
         deadlines = [request.expiration_time for request in self._requests.values()]
@@ -813,7 +816,7 @@ class LocalTimerServer(TimerServer):
         return [(key, deadline) for key, deadline in zip(keys, deadlines) if 0 < deadline <= now], deadlines
 
     def _next(self, now: float) -> float:
-        due, deadlines = self._look(now)
+        due, deadlines = self._due(now)
         if due:
             deadlines = [*(self._act_on(timer)[0] for timer in due), *(each for each in deadlines if each > now)]
         return min(deadlines, default=_NEVER)
@@ -845,11 +848,11 @@ class LocalTimerServer(TimerServer):
         """Move all deadlines by the time in which the server, and probably the workers too, did not run."""
         now = time.monotonic()
         if self._meant == _NEVER and self._board is not None:  # it slept until poked: by the first timer, at its start
-            running = [timer for timer in self._look(_WALL_CLOCK)[0] if self._act_on(timer)[0] < _NEVER]
+            running = [timer for timer in self._due(_WALL_CLOCK)[0] if self._act_on(timer)[0] < _NEVER]
             starts = [deadline - self._board._limit(number) for number, deadline in running]
             self._meant = max(self._since, min(starts, default=now))
         stalled, self._meant = now - self._meant, now
-        running = self._look(_WALL_CLOCK)[0] if stalled > _STALL else []
+        running = self._due(_WALL_CLOCK)[0] if stalled > _STALL else []
         if running:
             logger.warning("local_timer: the watchdog did not run for %.1f s: all deadlines move by that", stalled)
         for timer in running:
@@ -930,7 +933,7 @@ def _qualified(module: str, function: str, file: str) -> str:
 
 
 class _Exit(property):
-    """What `contextlib.ExitStack` finds, which looks it up on the class, is to be called."""
+    """A property that `contextlib.ExitStack` can call, for that looks `__exit__` up on the class."""
 
     def __call__(self, timer: watchdog_expires, *exc_info: object) -> None:
         timer._leave()
@@ -1005,7 +1008,7 @@ class watchdog_expires:
                 raise RuntimeError("configure(None) has switched it off: call configure(client) or start_watchdog()")
             client = start_watchdog()
         board = client._direct if scope is None else None
-        slot: Any = board._take() if board is not None else _Foreign(client, scope, record)
+        slot: Any = board._take() if board is not None else _ClientTimer(client, scope, record)
         self._held.append(slot)
         if self._held[0] is not slot:
             self._held.remove(slot)
@@ -1042,9 +1045,7 @@ class watchdog_expires:
             return
         slot = next(iter(self._held), None)
         if slot is None:
-            raise RuntimeError(
-                "reset() is for the `timer` of a `with watchdog_expires(...) as timer:`, inside its block"
-            )
+            raise RuntimeError("reset() works inside its block only: `with watchdog_expires(...) as timer:`")
         now, lost = time.monotonic(), slot.cell is _NOWHERE
         if not lost and _store(self._held, now + after) and isinstance(slot, _Slot):
             lost = slot.board._must_start_anew(now, now + after)
@@ -1202,7 +1203,7 @@ class _WatchedScoreboard(Scoreboard):
             # Who waits for the end of the program's output must not wait for the watchdog: its stdout is our file.
             files = [(os.POSIX_SPAWN_DUP2, self._reader, 0), (os.POSIX_SPAWN_DUP2, self._file, 1)]
             try:
-                if not (python and os.path.isfile(_THIS_FILE)) or getattr(sys, "frozen", sys.is_finalizing()):
+                if not python or getattr(sys, "frozen", False) or sys.is_finalizing() or not os.path.isfile(_THIS_FILE):
                     raise OSError(errno.ENOENT, "no interpreter or no such file now")
                 self._start[0], self._start[1] = first or now, now
                 pid = os.posix_spawn(python, command, os.environ, file_actions=files, setsigmask=_SHIELDED)
