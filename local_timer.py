@@ -240,9 +240,9 @@ class Scoreboard(RequestQueue):
     """
 
     # fcntl(2): closing any descriptor of a file drops all record locks of the process on it. So a process attaches a
-    # scoreboard once, and closes nothing of it while a timer runs.
-    _attached: weakref.WeakValueDictionary[Any, Scoreboard] = weakref.WeakValueDictionary()
-    _kept: list[Any] = []
+    # scoreboard once (it can't be pickled for one that is there already), and closes nothing of it while a timer runs.
+    _attached: weakref.WeakSet[Scoreboard] = weakref.WeakSet()
+    _kept: list[Scoreboard] = []
     _settings: tuple[Any, ...] = ()
 
     def __init__(self) -> None:
@@ -272,7 +272,7 @@ class Scoreboard(RequestQueue):
         self._look: Any = table[:8].cast("d")  # when the server looks next; negative: not before it is poked
         self._start: Any = table[8:24].cast("d")  # when one was started that does not serve yet, first and last
         self._deadlines: Any = table[_DEADLINES:_NAMES].cast("d")
-        self._attached[self._descriptors.get(file)] = self
+        self._attached.add(self)
         self._forget()
 
     def _forget(self) -> None:
@@ -306,14 +306,11 @@ class Scoreboard(RequestQueue):
 
     @classmethod
     def _arrive(cls, settings: tuple[Any, ...], *passed: Any) -> Scoreboard:
-        descriptors = [descriptor.detach() for descriptor in passed]
-        board = cls._attached.get(_identity(descriptors[2]))
-        if board is None:
-            board = cls.__new__(cls)
-            board._settings, board._descriptors = settings, {}
-            with _standard_descriptors_taken():
-                board._attach(*map(board._keep, descriptors))
-        return board  # if it came a second time, its descriptors stay open: closing the file would drop the locks
+        board = cls.__new__(cls)
+        board._settings, board._descriptors = settings, {}
+        with _standard_descriptors_taken():
+            board._attach(*(board._keep(descriptor.detach()) for descriptor in passed))
+        return board
 
     def _is_ours(self) -> bool:
         """Ask whether the descriptors still are this scoreboard's: a daemon closes all, and opens files of its own."""
@@ -473,7 +470,7 @@ class _Process:
 def _after_fork_in_child() -> None:
     _Process.lock = threading.RLock()  # another thread of the parent may have held it
     _Process.starters.clear()
-    for board in [*Scoreboard._attached.values(), *Scoreboard._kept]:
+    for board in [*Scoreboard._attached, *Scoreboard._kept]:
         board._forget()
 
 
@@ -1177,7 +1174,6 @@ class _WatchedScoreboard(Scoreboard):
                 fresh = _WatchedScoreboard(*self._settings)  # if that fails, nothing has changed
                 self._forget()
                 self.__dict__, fresh.__dict__ = fresh.__dict__, self.__dict__
-                self._attached[self._descriptors[self._file]] = self
 
     def _check_server(self) -> None:
         with _Process.lock:
