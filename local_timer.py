@@ -437,7 +437,8 @@ class Scoreboard(RequestQueue):
         """Return the deadlines by number of the slot; 0 where a claimer was killed half-way."""
         # What was never claimed is not read: to read a hole of a memory file is to fill it.
         rows = bytes(self._table[_USED : _USED + _ROWS]).rfind(b"\1") + 1
-        return list(self._deadlines[: rows * _ROW].tolist())
+        deadlines: list[float] = self._deadlines[: rows * _ROW].tolist()
+        return deadlines
 
     def _limit(self, number: int) -> float:
         return float(struct.unpack_from("d", self._table, _NAMES + number * _NAME)[0])
@@ -810,7 +811,7 @@ class LocalTimerServer(TimerServer):
             keys, deadlines = itertools.count(), self._board._running()
         if min(deadlines, default=_NEVER) > now:
             return [], deadlines  # as nearly always, and with 100,000 timers this counts
-        return [(key, deadline) for key, deadline in zip(keys, deadlines) if 0 < deadline <= now], deadlines
+        return [(key, deadline) for key, deadline in zip(keys, deadlines) if deadline <= now and deadline], deadlines
 
     def _next(self, now: float) -> float:
         due, deadlines = self._due(now)
@@ -962,13 +963,13 @@ class watchdog_expires:
     # code, whose id is in the key, so that it lives on.
     _sites: dict[Any, Any] = {}
     _frame = staticmethod(sys._getframe)
+    _guard: Any
 
     def __init__(self, after: float | None, scope: str | None = None, client: TimerClient | None = None) -> None:
         if client is not None and not isinstance(client, TimerClient):
             raise TypeError(f"client must be a TimerClient or None, not {client!r}")
         self.client = client
         self._held: list[Any] = []  # the slot of the running timer
-        self._guard: Any = None
         frame = self._frame(1)
         key = id(frame.f_code), frame.f_lasti, after, scope
         try:
@@ -1020,9 +1021,10 @@ class watchdog_expires:
         return self
 
     def _leave(self, *exc_info: object) -> None:
-        if self._held:
-            self._held[0].cell[0] = _NEVER
-            self._held.pop(0).give_back()
+        held = self._held
+        if held:
+            held[0].cell[0] = _NEVER
+            held.pop(0).give_back()
         self._guard = None
 
     @_Exit
@@ -1053,7 +1055,7 @@ class watchdog_expires:
 
     def _copy(self, record: bytes | None = None) -> watchdog_expires:
         timer = watchdog_expires.__new__(watchdog_expires)
-        timer.client, timer._held, timer._guard = self.client, [], None
+        timer.client, timer._held = self.client, []
         timer._site = (*self._site[:2], record or self._site[2], None, None)  # it may have to be pickled
         return timer
 
