@@ -675,7 +675,7 @@ def test_the_timers_of_many_threads_are_all_apart(result: Result) -> None:
 """)
 def test_guarded_calls_make_no_system_calls(result: Result) -> None:
     begin, end = (result.errors.index(f'write(1, "{mark}') for mark in ("begin", "end"))
-    assert result[:2] == (0, "begin end") and result.errors[begin:end].count("\n") < 100
+    assert result[:2] == (0, "begin end") and result.errors[begin:end].count("\n") < 1000
 
 
 @linux_only
