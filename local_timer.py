@@ -286,7 +286,7 @@ class Scoreboard(RequestQueue):
         self._rows: set[int] = set()
         self._candidates = itertools.count()  # for a row: each thread tries other ones
         self._check_at = self._poked = _NEVER
-        self._unanswered = _NEVER, _NEVER  # what _look was at the last poke, and since when
+        self._unanswered = _NEVER, _NEVER, 0.0  # what _look was at the last poke, since when; when to poke again
         self._serving = False
 
     def __del__(self) -> None:
@@ -382,21 +382,23 @@ class Scoreboard(RequestQueue):
     def _poke(self, now: float, deadline: float) -> bool:
         """Wake the server, if it sleeps, means to look after `deadline`, or should have looked before `now`. Once a
         second, see whether this process has lost its scoreboard in the meantime; return whether it has another now."""
+        look, (known, since, quiet) = self._look[0], self._unanswered
+        if look == known and now < quiet:
+            return False  # the last poke is still on its way, and the look that it brings will see this deadline too
         if not self._is_ours():
             self._lost()
             return True
         self._check_at = now + 1.0
-        look = self._look[0]
         if now <= look <= deadline:
             return False
         with contextlib.suppress(BlockingIOError):  # full of pokes
             os.write(self._writer, struct.pack("d", deadline))
         self._check_server()
-        if look != self._unanswered[0]:
-            self._unanswered = look, now
-        elif now - self._unanswered[1] > 10:
-            self._unanswered = look, _NEVER
+        since = since if look == known else now
+        if now - since > 10:
             logger.warning("local_timer: the timer server lives, but has not looked for 10 s")
+            since = _NEVER
+        self._unanswered = look, since, now + 0.02
         return False
 
     # What a server does. It writes nothing but the header.
@@ -846,8 +848,8 @@ class LocalTimerServer(TimerServer):
         """Move all deadlines by the time in which the server, and probably the workers too, did not run."""
         now = time.monotonic()
         if self._meant == _NEVER and self._board is not None:  # it slept until poked: by the first timer, at its start
-            running = [timer for timer in self._due(_WALL_CLOCK)[0] if self._act_on(timer)[0] < _NEVER]
-            starts = [deadline - self._board._limit(number) for number, deadline in running]
+            alive = [timer for timer, request in self._ask(self._due(_WALL_CLOCK)[0]) if request]
+            starts = [deadline - self._board._limit(number) for number, deadline in alive]
             self._meant = max(self._since, min(starts, default=now))
         stalled, self._meant = now - self._meant, now
         running = self._due(_WALL_CLOCK)[0] if stalled > _STALL else []
@@ -1174,6 +1176,9 @@ class _WatchedScoreboard(Scoreboard):
         with _Process.lock:
             if not self._is_ours():  # else another thread was faster
                 fresh = _WatchedScoreboard(*self._settings)  # if that fails, nothing has changed
+                if _identity(self._file) == self._descriptors[self._file]:  # then the rows are ours, and stay so
+                    for slot in self._slots:
+                        slot.cell[0] = _NEVER
                 self._forget()
                 self.__dict__, fresh.__dict__ = fresh.__dict__, self.__dict__
 

@@ -708,7 +708,7 @@ def test_the_watchdog_sleeps_while_calls_return_in_time(result: Result) -> None:
         wait_until(lambda: call(0) or watchdogs() not in ([], [lost]))
     with contextlib.suppress(ChildProcessError):  # there is none at all: no zombie either
         wait_until(lambda: call(0) or not os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT))
-    print(len(os.listdir("/proc/self/fd")) - before, len(watchdogs()))
+    print(len(os.listdir("/proc/self/fd")) - before, len(wait_until(watchdogs)))
 
     begin, sibling = time.monotonic(), fork(hang, 1)
     in_threads(lambda: hang(6))
