@@ -704,7 +704,7 @@ def test_the_watchdog_sleeps_while_calls_return_in_time(result: Result) -> None:
     call(0)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(50 if FULL else 15):
-        os.kill(lost := a_watchdog(), signal.SIGKILL)
+        os.kill(lost := wait_until(lambda: call(0) or watchdogs())[0], signal.SIGKILL)
         wait_until(lambda: call(0) or watchdogs() not in ([], [lost]))
     with contextlib.suppress(ChildProcessError):  # there is none at all: no zombie either
         wait_until(lambda: call(0) or not os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT))
