@@ -244,9 +244,12 @@ class Scoreboard(RequestQueue):
     _attached: weakref.WeakSet[Scoreboard] = weakref.WeakSet()
     _kept: list[Scoreboard] = []
     _settings: tuple[Any, ...] = ()
+    _descriptors: dict[int, Any] = {}  # the reader and the writer of the pipe, the file; and what they are
+    _slots: list[_Slot] = []
+    _scopes: dict[str, _Slot] = {}
 
     def __init__(self) -> None:
-        self._descriptors: dict[int, Any] = {}  # the reader and the writer of the pipe, the file; and what they are
+        self._descriptors = {}
         with _standard_descriptors_taken():
             reader, writer = map(self._keep, os.pipe())
             if _LINUX:
@@ -278,11 +281,10 @@ class Scoreboard(RequestQueue):
     def _forget(self) -> None:
         """Forget what belongs to one process: a forked child has no rows yet. What runs in the frames of its parent
         ends timers there, in slots of which nothing leads to the table any more."""
-        for slot in getattr(self, "_slots", ()):
+        for slot in self._slots:
             slot.cell = _NOWHERE
-        self._slots: list[_Slot] = []
+        self._slots, self._scopes = [], {}
         self._free: list[_Slot] = []
-        self._scopes: dict[str, _Slot] = {}
         self._rows: set[int] = set()
         self._candidates = itertools.count()  # for a row: each thread tries other ones
         self._check_at = self._poked = _NEVER
@@ -292,9 +294,7 @@ class Scoreboard(RequestQueue):
     def __del__(self) -> None:
         if sys is None or sys.is_finalizing():
             return
-        if (
-            getattr(self, "_scopes", ()) or not self._is_ours()
-        ):  # timers outlive their client; a map would close what is not its own
+        if self._scopes or not self._is_ours():  # timers outlive their client; a map would close what is not its own
             self._kept.append(self)
         else:
             for descriptor in self._descriptors:
@@ -394,7 +394,8 @@ class Scoreboard(RequestQueue):
         with contextlib.suppress(BlockingIOError):  # full of pokes
             os.write(self._writer, struct.pack("d", deadline))
         self._check_server()
-        since = since if look == known else now
+        if look != known:
+            since = now
         if now - since > 10:
             logger.warning("local_timer: the timer server lives, but has not looked for 10 s")
             since = _NEVER
@@ -1239,7 +1240,6 @@ def _watchdog_main(signum: str, grace: str) -> None:
     if os.fork():
         os._exit(0)  # the program has no child then, for which it could wait in vain
     board = Scoreboard.__new__(Scoreboard)
-    board._descriptors = {}
     board._attach(0, -1, 1)
     with contextlib.suppress(RuntimeError):  # another one was faster
         LocalTimerServer(board, threading.TIMEOUT_MAX, signum=int(signum), grace=float(grace)).run()

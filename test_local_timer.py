@@ -675,7 +675,7 @@ def test_the_timers_of_many_threads_are_all_apart(result: Result) -> None:
 """)
 def test_guarded_calls_make_no_system_calls(result: Result) -> None:
     begin, end = (result.errors.index(f'write(1, "{mark}') for mark in ("begin", "end"))
-    assert result[:2] == (0, "begin end") and result.errors[begin:end].count("\n") < 1000
+    assert result[:2] == (0, "begin end") and result.errors[begin:end].count("\n") < 100
 
 
 @linux_only
@@ -758,7 +758,7 @@ def test_a_scoreboard_holds_250_000_timers_and_frees_those_of_the_dead(result: R
             time.sleep(random.uniform(0, 0.04))
             os.kill(victim := workers.pop(random.randrange(6)), signal.SIGKILL)
             assert os.waitpid(victim, 0)[1] == signal.SIGKILL and not workers.append(fork(work))
-        return [end_of(fork(hang)), len(os.listdir(f"/proc/{server.pid}/fd")), counts(server.pid)[2]]
+        return [end_of(fork(hang)), time.sleep(0.2) or len(os.listdir(f"/proc/{server.pid}/fd")), counts(server.pid)[2]]
 
     stop = multiprocessing.RawValue("b")  # an Event has a lock, which a killed worker may hold
     board, server, client = serve()
@@ -766,14 +766,14 @@ def test_a_scoreboard_holds_250_000_timers_and_frees_those_of_the_dead(result: R
     small = murder(50)
     os.kill(server.pid, signal.SIGSTOP), time.sleep(3), os.kill(server.pid, signal.SIGCONT)  # longer than any limit
     large = murder(1000 if FULL else 100)
-    print(small[0], large[0], large[1] - small[1] < 3, large[2] - small[2] < 2048)  # a pidfd may just be in use
+    print(small[0], large[0], large[1] - small[1], large[2] - small[2] < 2048)
     stop.value = 1
     print([end_of(worker) for worker in workers], running(board), time.sleep(2.5))
     before = counts(server.pid)[0]
     print(time.sleep(1), counts(server.pid)[0] - before < 9)  # it sleeps again, although dead workers have left timers
 """)
 def test_dead_workers_and_a_server_that_was_stopped_harm_no_one_and_cost_nothing(result: Result) -> None:
-    assert result[:2] == (0, "-9 -9 True True\n[0, 0, 0, 0, 0, 0] [] None\nNone True\n")
+    assert result[:2] == (0, "-9 -9 0 True\n[0, 0, 0, 0, 0, 0] [] None\nNone True\n")
     assert result.errors.count("SIGKILL for pid") == 2 and result.errors.count("did not run") == 1
 
 
