@@ -1253,7 +1253,7 @@ def _demo() -> int:
     last = "in C code that holds the GIL"
     healthy: dict[str, Callable[[], object]] = {
         "returns in time": lambda: time.sleep(0.4),
-        "makes many calls": lambda: [watchdog_expires(after=0.5)(time.sleep)(0.01) for _ in range(20)],
+        "makes many calls": lambda: [watchdog_expires(after=0.5)(len)("") for _ in range(100)],
     }
     hung: dict[str, Callable[[], object]] = {
         "asleep": lambda: time.sleep(60),
