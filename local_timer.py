@@ -144,7 +144,6 @@ _NAME = 240  # bytes: the limit as a double, then a text in UTF-8
 _SIZE = _NAMES + _NAME * _ROWS * _ROW
 _LINUX = sys.platform == "linux"
 _FLOCK = "hhqqi" if _LINUX else "qqihhi"  # struct flock (fcntl(2))
-_NOWHERE: Any = memoryview(bytearray(8)).cast("d")
 
 
 def _record(limit: float, name: str, where: str = "") -> bytes:
@@ -168,18 +167,6 @@ def _identity(descriptor: int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-@contextlib.contextmanager
-def _standard_descriptors_taken() -> Iterator[None]:
-    # In a program that has closed some of 0, 1 and 2, what we open must not get their numbers: it may open them anew,
-    # which closes ours.
-    with contextlib.ExitStack() as taken:
-        descriptor = -1
-        while descriptor < 3:
-            descriptor = os.open("/", os.O_RDONLY)
-            taken.callback(os.close, descriptor)
-        yield
-
-
 class _NobodyLeft(Exception):
     """Nobody is left who could poke: there is nothing to serve any more."""
 
@@ -189,26 +176,25 @@ class _Slot:
 
     __slots__ = ("board", "free", "look", "cell", "place", "record")
 
-    def __init__(self, board: Scoreboard, number: int) -> None:
-        self.board, self.free, self.look = board, board._free, board._look
-        self.cell, self.place = board._deadlines[number : number + 1], _NAMES + number * _NAME
-        self.cell[0], self.record = _NEVER, b""
+    def __init__(self, board: Scoreboard) -> None:
+        self.board, self.free, self.record = board, board._free, b""
+        self.cell: Any = [_NEVER]
+
+    def move_to(self, number: int) -> None:
+        """Be at this place of the table, with the timer that runs if one does."""
+        self.look, self.place = self.board._look, _NAMES + number * _NAME
+        if self.record:
+            self.describe(self.record)
+        self.board._deadlines[number] = self.cell[0]
+        self.cell = self.board._deadlines[number : number + 1]
 
     def start(self, record: bytes, after: float) -> None:
         if self.record is not record:
             self.describe(record)
         now = time.monotonic()
         self.cell[0] = deadline = now + after
-        # The same as _must_start_anew, whose call would take as long as the rest.
-        if not (now <= self.look[0] <= deadline and now < self.board._check_at) and self.board._poke(now, deadline):
-            self.start_anew(record, after)
-
-    def start_anew(self, record: bytes, after: float) -> None:
-        """Start the timer in another place: the scoreboard was lost and opened anew, or this is a forked child."""
-        place = self.board._take()
-        self.free, self.look, self.cell, self.place, self.record = place.free, place.look, place.cell, place.place, b""
-        self.board._slots.append(self)
-        self.start(record, after)
+        if not (now <= self.look[0] <= deadline and now < self.board._check_at):  # nearly never, so it is asked here
+            self.board._poke(now, deadline)
 
     def describe(self, record: bytes) -> None:
         self.board._table[self.place : self.place + _NAME] = self.record = record
@@ -242,63 +228,85 @@ class Scoreboard(RequestQueue):
     # fcntl(2): closing any descriptor of a file drops all record locks of the process on it. So a process attaches a
     # scoreboard once (it can't be pickled for one that is there already), and closes nothing of it while a timer runs.
     _attached: weakref.WeakSet[Scoreboard] = weakref.WeakSet()
-    _kept: list[Scoreboard] = []
+    _kept: list[Any] = []  # what must not end while the process lives
     _settings: tuple[Any, ...] = ()
     _descriptors: dict[int, Any] = {}  # the reader and the writer of the pipe, the file; and what they are
-    _slots: list[_Slot] = []
+    _rows: dict[int, list[_Slot]] = {}  # what this process owns: the slots by row, the free ones, those with a name
+    _free: list[_Slot] = []
     _scopes: dict[str, _Slot] = {}
+    _poked = _poked_for = _NEVER  # of what the server has just read: since when, for what deadline at the earliest
 
     def __init__(self) -> None:
-        self._descriptors = {}
-        with _standard_descriptors_taken():
-            reader, writer = map(self._keep, os.pipe())
-            if _LINUX:
-                file = self._keep(os.memfd_create("local_timer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-            else:
-                import tempfile
+        self._forget()
+        self._open(self._made())
 
-                file = self._keep(os.dup(tempfile.TemporaryFile().fileno()))  # noqa: SIM115
-            os.ftruncate(file, _SIZE)
-            if _LINUX:  # who made it shorter would kill us all, by SIGBUS (memfd_create(2))
-                fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-            self._attach(reader, writer, file)
+    @staticmethod
+    def _made() -> Iterator[int]:
+        yield from os.pipe()
+        if _LINUX:
+            file = os.memfd_create("local_timer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        else:
+            import tempfile
 
-    def _keep(self, descriptor: int) -> int:
-        os.set_inheritable(descriptor, False)  # it came to a spawned process otherwise
-        os.set_blocking(descriptor, False)
-        self._descriptors[descriptor] = _identity(descriptor)
-        return descriptor
+            file = os.dup(tempfile.TemporaryFile().fileno())  # noqa: SIM115
+        yield file
+        os.ftruncate(file, _SIZE)
+        if _LINUX:  # who made it shorter would kill us all, by SIGBUS (memfd_create(2))
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+
+    def _open(self, descriptors: Iterable[int]) -> None:
+        """Attach what is behind these descriptors; if that fails, nothing has changed."""
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as taken:
+            # In a program that has closed some of 0, 1 and 2, ours must not get their numbers: it may open them anew,
+            # which closes ours.
+            descriptor = -1
+            while descriptor < 3:
+                descriptor = os.open("/", os.O_RDONLY)
+                taken.callback(os.close, descriptor)
+            opened = {}
+            for descriptor in descriptors:
+                undo.callback(os.close, descriptor)
+                os.set_inheritable(descriptor, False)  # it came to a spawned process otherwise
+                os.set_blocking(descriptor, False)
+                opened[descriptor] = _identity(descriptor)
+            self._attach(*opened)
+            undo.pop_all()
+        self._close()
+        self._descriptors = opened
 
     def _attach(self, reader: int, writer: int, file: int) -> None:
-        self._reader, self._writer, self._file = reader, writer, file
-        self._table = table = memoryview(mmap.mmap(file, _SIZE))
+        table = memoryview(mmap.mmap(file, _SIZE))
+        self._reader, self._writer, self._file, self._table = reader, writer, file, table
         self._look: Any = table[:8].cast("d")  # when the server looks next; negative: not before it is poked
         self._start: Any = table[8:24].cast("d")  # when one was started that does not serve yet, first and last
         self._deadlines: Any = table[_DEADLINES:_NAMES].cast("d")
         self._attached.add(self)
-        self._forget()
 
     def _forget(self) -> None:
         """Forget what belongs to one process: a forked child has no rows yet. What runs in the frames of its parent
         ends timers there, in slots of which nothing leads to the table any more."""
-        for slot in self._slots:
-            slot.cell = _NOWHERE
-        self._slots, self._scopes = [], {}
-        self._free: list[_Slot] = []
-        self._rows: set[int] = set()
+        for slot in itertools.chain(*self._rows.values()):
+            slot.cell = [_NEVER]
+        self._rows, self._free, self._scopes = {}, [], {}
         self._candidates = itertools.count()  # for a row: each thread tries other ones
-        self._check_at = self._poked = _NEVER
+        self._check_at = 0.0
         self._unanswered = _NEVER, _NEVER, 0.0  # what _look was at the last poke, since when; when to poke again
         self._serving = False
+
+    def _close(self) -> None:
+        for descriptor, identity in self._descriptors.items():
+            if _identity(descriptor) == identity:
+                os.close(descriptor)
 
     def __del__(self) -> None:
         if sys is None or sys.is_finalizing():
             return
-        if self._scopes or not self._is_ours():  # timers outlive their client; a map would close what is not its own
+        if self._scopes:  # timers outlive their client
             self._kept.append(self)
-        else:
-            for descriptor in self._descriptors:
-                os.close(descriptor)
+            return
+        if not self._is_ours():
+            self._kept.append(self._table)  # a map has a descriptor of its own, which it would close
+        self._close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         assert_spawning(self)
@@ -307,9 +315,9 @@ class Scoreboard(RequestQueue):
     @classmethod
     def _arrive(cls, settings: tuple[Any, ...], *passed: Any) -> Scoreboard:
         board = cls.__new__(cls)
-        board._settings, board._descriptors = settings, {}
-        with _standard_descriptors_taken():
-            board._attach(*(board._keep(descriptor.detach()) for descriptor in passed))
+        board._settings = settings
+        board._forget()
+        board._open(descriptor.detach() for descriptor in passed)
         return board
 
     def _is_ours(self) -> bool:
@@ -339,60 +347,58 @@ class Scoreboard(RequestQueue):
         try:
             return self._free.pop()
         except IndexError:
-            return self._claim()
-
-    def _claim(self) -> _Slot:
-        """Make one more row this process's, and its slots free; return one of them."""
+            pass
         if not self._is_ours():
             self._lost()
         if not self._rows:
             self._enter_process()
-        rows, free = self._rows, self._free
+        self._free.extend(self._claim([_Slot(self) for _ in range(_ROW)]))
+        return self._take()
+
+    def _claim(self, slots: list[_Slot]) -> list[_Slot]:
+        """Make one more row this process's, and put `slots` there."""
+        rows = self._rows
         for row in itertools.islice(self._candidates, _ROWS):
             row %= _ROWS
             if row not in rows and self._lock(1 + row):  # a lock that this process holds would be granted again
                 break
         else:
-            raise RuntimeError(
-                f"the scoreboard is full: {_ROWS * _ROW:,} timers, a process keeps what it had"
-            ) from None
-        if self._rows is rows:  # else a signal handler has forked, and the row is the parent's
-            new = [_Slot(self, number) for number in reversed(range(row * _ROW, (row + 1) * _ROW))]
-            self._lock(1 + _ROWS + row)
-            self._check_at = min(self._check_at, time.monotonic() + 1.0)
-            self._table[_USED + row] = 1
-            self._slots += new
-            rows.add(row)
-            free += new
-        return self._take()
+            raise RuntimeError(f"the scoreboard is full: {_ROWS * _ROW:,} timers, a process keeps what it had")
+        if self._rows is not rows:  # a signal handler has forked: the row is the parent's
+            return []
+        for number, slot in enumerate(slots, row * _ROW):
+            slot.move_to(number)
+        self._lock(1 + _ROWS + row)
+        self._table[_USED + row] = 1
+        rows[row] = slots
+        return slots
 
     def _enter_process(self) -> None: ...
 
     def _lost(self) -> None:
-        raise BrokenPipeError("this process has closed the descriptors of its scoreboard: nothing guards it") from None
+        raise BrokenPipeError("this process has closed the descriptors of its scoreboard: nothing guards it")
 
     def _check_server(self) -> None:
         if not self._serving and self._holder(0) is None:
             cure = "call start() of its LocalTimerServer, or start_watchdog() for a watchdog process of your own"
             raise BrokenPipeError(f"no timer server serves this scoreboard, or it has ended: {cure}")
 
-    def _must_start_anew(self, now: float, deadline: float) -> bool:
-        return not (now <= self._look[0] <= deadline and now < self._check_at) and self._poke(now, deadline)
-
-    def _poke(self, now: float, deadline: float) -> bool:
-        """Wake the server, if it sleeps, means to look after `deadline`, or should have looked before `now`. Once a
-        second, see whether this process has lost its scoreboard in the meantime; return whether it has another now."""
+    def _poke(self, now: float, deadline: float) -> None:
+        """Wake the server, unless it means to look between `now` and `deadline`. Once a second, see whether this
+        process has lost its scoreboard in the meantime."""
         look, (known, since, quiet) = self._look[0], self._unanswered
+        if now <= look <= deadline and now < self._check_at:
+            return
         if look == known and now < quiet:
-            return False  # the last poke is still on its way, and the look that it brings will see this deadline too
+            return  # the last poke is still on its way, and the look that it brings will see this deadline too
         if not self._is_ours():
             self._lost()
-            return True
+            look = self._look[0]
         self._check_at = now + 1.0
         if now <= look <= deadline:
-            return False
+            return
         with contextlib.suppress(BlockingIOError):  # full of pokes
-            os.write(self._writer, struct.pack("d", deadline))
+            os.write(self._writer, struct.pack("dd", now, deadline))
         self._check_server()
         if look != known:
             since = now
@@ -400,7 +406,6 @@ class Scoreboard(RequestQueue):
             logger.warning("local_timer: the timer server lives, but has not looked for 10 s")
             since = _NEVER
         self._unanswered = look, since, now + 0.02
-        return False
 
     # What a server does. It writes nothing but the header.
 
@@ -426,14 +431,15 @@ class Scoreboard(RequestQueue):
         end = time.monotonic() + timeout
         poller = select.poll()
         poller.register(self._reader, select.POLLIN)
-        self._poked = _NEVER  # or the earliest deadline for which somebody has poked
+        self._poked = self._poked_for = _NEVER
         if not poller.poll(int(1000 * min(timeout, 1e6))):
             time.sleep(max(0.0, min(end - time.monotonic(), 0.001)))  # poll() counts in whole milliseconds
             return []
         pokes = os.read(self._reader, 65536) if self._is_ours() else b""  # all of them: a pipe holds no more
         if not pokes:
             raise _NobodyLeft
-        self._poked = min(memoryview(pokes[: len(pokes) & -8]).cast("d"), default=0.0)
+        moments = memoryview(pokes[: len(pokes) & -16]).cast("d")
+        self._poked, self._poked_for = min(moments[::2], default=end), min(moments[1::2], default=0.0)
         return []
 
     def _running(self) -> list[float]:
@@ -539,7 +545,8 @@ class LocalTimerClient(TimerClient):
             return
         record = scope.record or _record(deadline - now, scope)
         try:
-            while True:
+            stored = False
+            while not stored:  # for another thread may release it
                 # The key comes before the deadline: an interrupt in between must leave no deadline without a key to it.
                 slot = board._scopes.get(scope)
                 if slot is None:
@@ -548,9 +555,8 @@ class LocalTimerClient(TimerClient):
                     if slot is not new:  # another thread was faster
                         new.give_back()
                 slot.describe(record)
-                stored, now = _store(board._find(scope), deadline), time.monotonic()
-                if stored and not board._must_start_anew(now, deadline):
-                    return
+                stored = _store(board._find(scope), deadline)
+            board._poke(time.monotonic(), deadline)
         except BaseException:
             self.release(scope_id)
             raise
@@ -750,7 +756,7 @@ class LocalTimerServer(TimerServer):
         self._board = self._mp_queue if isinstance(self._mp_queue, Scoreboard) else None
         super().__init__(self._board or MultiprocessingRequestQueue(mp_queue), max_interval, daemon)
         self._signum, self._grace = signal.Signals(signum), grace
-        self._since, self._meant = _NEVER, _NEVER  # when its turn began, and by when it had to be awake
+        self._meant = _NEVER  # by when it had to be awake
         self._requests: dict[tuple[int, str], TimerRequest] = {}  # of a queue, the running timers
         # When to act on a timer, and how, if not at its deadline: a grace that runs, a refused kill, a forgiven stall.
         self._later: dict[Any, tuple[float, signal.Signals]] = {}
@@ -761,8 +767,7 @@ class LocalTimerServer(TimerServer):
         return LocalTimerClient(self._mp_queue)
 
     def _begin(self) -> None:
-        self._since = time.monotonic() if self._board is None else self._board._serve()
-        self._meant = _NEVER if self._board else self._since
+        self._meant = time.monotonic() if self._board is None else self._board._serve()
         self._later.clear()
 
     def _end(self) -> None:
@@ -832,7 +837,7 @@ class LocalTimerServer(TimerServer):
 
     def _wake_at(self, now: float, size: int) -> float:
         self._forgive()
-        self._since, soon, poked = now, now + _HEARTBEAT, self._board._poked if self._board else _NEVER
+        soon, poked = now + _HEARTBEAT, self._board._poked_for if self._board else _NEVER
         until = self._next(now)
         if min(until, poked) < _NEVER:  # after a poke it stays up for a while, or each short call would have to poke
             until = min(until, poked, soon)
@@ -842,16 +847,14 @@ class LocalTimerServer(TimerServer):
             until = min(until, self._next(now))
         elif size:
             until = min(until, soon)  # a killed worker may have counted a request that never comes
-        self._meant = max(until, now)
+        self._began, self._meant = now, max(until, now)
         return until
 
     def _forgive(self) -> None:
         """Move all deadlines by the time in which the server, and probably the workers too, did not run."""
         now = time.monotonic()
-        if self._meant == _NEVER and self._board is not None:  # it slept until poked: by the first timer, at its start
-            alive = [timer for timer, request in self._ask(self._due(_WALL_CLOCK)[0]) if request]
-            starts = [deadline - self._board._limit(number) for number, deadline in alive]
-            self._meant = max(self._since, min(starts, default=now))
+        if self._meant == _NEVER and self._board is not None:  # it slept until poked
+            self._meant = max(self._began, min(self._board._poked, now))
         stalled, self._meant = now - self._meant, now
         running = self._due(_WALL_CLOCK)[0] if stalled > _STALL else []
         if running:
@@ -1045,16 +1048,11 @@ class watchdog_expires:
         after = self._site[0]
         if after is None:
             return
-        slot = next(iter(self._held), None)
+        slot, now = next(iter(self._held), None), time.monotonic()
         if slot is None:
             raise RuntimeError("reset() works inside its block only: `with watchdog_expires(...) as timer:`")
-        now, lost = time.monotonic(), slot.cell is _NOWHERE
-        if not lost and _store(self._held, now + after) and isinstance(slot, _Slot):
-            lost = slot.board._must_start_anew(now, now + after)
-        if lost:
-            slot.start_anew(self._site[2], after)
-            if slot not in self._held:  # the block has ended meanwhile
-                slot.cell[0] = _NEVER
+        if _store(self._held, now + after) and isinstance(slot, _Slot):
+            slot.board._poke(now, now + after)
 
     def _copy(self, record: bytes | None = None) -> watchdog_expires:
         timer = watchdog_expires.__new__(watchdog_expires)
@@ -1176,12 +1174,12 @@ class _WatchedScoreboard(Scoreboard):
     def _lost(self) -> None:
         with _Process.lock:
             if not self._is_ours():  # else another thread was faster
-                fresh = _WatchedScoreboard(*self._settings)  # if that fails, nothing has changed
-                if _identity(self._file) == self._descriptors[self._file]:  # then the rows are ours, and stay so
-                    for slot in self._slots:
-                        slot.cell[0] = _NEVER
-                self._forget()
-                self.__dict__, fresh.__dict__ = fresh.__dict__, self.__dict__
+                table = self._table
+                self._open(self._made())
+                self._kept.append(table)  # a map has a descriptor of its own, which it would close
+                rows, self._rows = self._rows, {}
+                for slots in rows.values():
+                    self._claim(slots)
 
     def _check_server(self) -> None:
         with _Process.lock:
@@ -1240,6 +1238,7 @@ def _watchdog_main(signum: str, grace: str) -> None:
     if os.fork():
         os._exit(0)  # the program has no child then, for which it could wait in vain
     board = Scoreboard.__new__(Scoreboard)
+    board._forget()
     board._attach(0, -1, 1)
     with contextlib.suppress(RuntimeError):  # another one was faster
         LocalTimerServer(board, threading.TIMEOUT_MAX, signum=int(signum), grace=float(grace)).run()
