@@ -280,6 +280,7 @@ class Scoreboard(RequestQueue):
         self._look: Any = table[:8].cast("d")  # when the server looks next; negative: not before it is poked
         self._start: Any = table[8:24].cast("d")  # when one was started that does not serve yet, first and last
         self._deadlines: Any = table[_DEADLINES:_NAMES].cast("d")
+        self._unanswered = _NEVER, _NEVER, 0.0  # what _look was at the last poke, since when; when to poke again
         self._attached.add(self)
 
     def _forget(self) -> None:
@@ -290,7 +291,6 @@ class Scoreboard(RequestQueue):
         self._rows, self._free, self._scopes = {}, [], {}
         self._candidates = itertools.count()  # for a row: each thread tries other ones
         self._check_at = 0.0
-        self._unanswered = _NEVER, _NEVER, 0.0  # what _look was at the last poke, since when; when to poke again
         self._serving = False
 
     def _close(self) -> None:
@@ -1175,6 +1175,8 @@ class _WatchedScoreboard(Scoreboard):
         with _Process.lock:
             if not self._is_ours():  # else another thread was faster
                 table = self._table
+                for slot in itertools.chain(*self._rows.values()):
+                    slot.cell = [slot.cell[0]]  # out of a row that may be another process's soon
                 self._open(self._made())
                 self._kept.append(table)  # a map has a descriptor of its own, which it would close
                 rows, self._rows = self._rows, {}
