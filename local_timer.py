@@ -847,14 +847,14 @@ class LocalTimerServer(TimerServer):
             until = min(until, self._next(now))
         elif size:
             until = min(until, soon)  # a killed worker may have counted a request that never comes
-        self._began, self._meant = now, max(until, now)
+        self._meant = max(until, now)
         return until
 
     def _forgive(self) -> None:
         """Move all deadlines by the time in which the server, and probably the workers too, did not run."""
         now = time.monotonic()
         if self._meant == _NEVER and self._board is not None:  # it slept until poked
-            self._meant = max(self._began, min(self._board._poked, now))
+            self._meant = min(self._board._poked, now)
         stalled, self._meant = now - self._meant, now
         running = self._due(_WALL_CLOCK)[0] if stalled > _STALL else []
         if running:

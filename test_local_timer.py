@@ -782,13 +782,14 @@ def test_dead_workers_and_a_server_that_was_stopped_harm_no_one_and_cost_nothing
     def program(number):
         os.setpgid(0, 0), os.write(go, b"x")
         if number: start_watchdog(signum=signal.SIGKILL)
-        time.sleep(number)  # it is stopped right at the first call, or well after it
+        time.sleep(number)  # it is stopped right at the first call, or well after it, or the watchdog before it
+        if number == 2: [os.kill(pid, signal.SIGSTOP) for pid in watchdogs() if os.getpgid(pid) == os.getpgid(0)]
         with watchdog_expires(after=2):
             for _ in range(13): time.sleep(0.1)
         os.write(1, b"out of the block\\n"), hang()
 
     programs, (ready, go) = [], os.pipe()
-    for pause in 0.005, 0.03, 0.06, 0.3, 1.005, 1.03, 1.06, 1.3:
+    for pause in 0.005, 0.03, 0.06, 0.3, 1.005, 1.03, 1.3, 2.1:
         programs.append(fork(program, int(pause)))
         os.read(ready, 1), time.sleep(pause), os.killpg(programs[-1], signal.SIGSTOP)
     time.sleep(5 if FULL else 3)
@@ -962,16 +963,34 @@ def test_closing_all_descriptors_dirties_no_file_and_is_told_or_harmless(guard: 
 @runs("""
     client, way, other = start_watchdog(), sys.argv[1], fork(watchdog_expires(after=60)(time.sleep), 9)
     signal.alarm(8)
-    with watchdog_expires(after=1) as timer:
+    with watchdog_expires(after=1.5) as timer:
         time.sleep(0.5), os.closerange(3, 1000)  # and none need poke: for the other process it looks on
         for seconds in [0.3] * 5 + [FOREVER]:
             if way == "reset": timer.reset()
-            with watchdog_expires(after=1, scope="named") if way == "scope" else contextlib.nullcontext():
-                if way == "acquire": client.acquire("named", time.monotonic() + 1)
-                (watchdog_expires(after=1)(time.sleep) if way == "call" else time.sleep)(seconds)
+            with watchdog_expires(after=9, scope="named") if way == "scope" else contextlib.nullcontext():
+                if way == "acquire": client.acquire("named", time.monotonic() + 9)
+                (watchdog_expires(after=9)(time.sleep) if way == "call" else time.sleep)(seconds)
 """)
-def test_lost_descriptors_are_noticed_within_a_second_of_any_use(way: str, result: Result) -> None:
+def test_lost_descriptors_are_noticed_within_a_second_of_any_use_and_running_timers_kept(
+    way: str, result: Result
+) -> None:
     assert result.status == -signal.SIGABRT
+    assert "SIGABRT for pid" in result.errors and "train (train.py:4, limit 1.5 s) is still running" in result.errors
+
+
+@linux_only
+@runs("""
+    call = watchdog_expires(after=60)(time.sleep)
+    with watchdog_expires(after=1.6):
+        call(0), fork(call, 4)  # for which the watchdog goes on
+        for number in filter(lambda number: number > 2, map(int, os.listdir("/proc/self/fd"))):
+            with contextlib.suppress(OSError):
+                if "pipe" in os.readlink(f"/proc/self/fd/{number}"): os.close(number)
+        time.sleep(1.1), call(0)
+    call(1), hang()
+""")
+def test_what_is_left_of_a_lost_scoreboard_kills_nobody(result: Result) -> None:
+    assert result.status == -signal.SIGABRT and "limit 0.3 s" in result.errors and "1.6 s" not in result.errors
 
 
 @linux_only
