@@ -965,8 +965,8 @@ class watchdog_expires:
     """
 
     __slots__ = ("client", "_site", "_held", "_guard")
-    # By place in the code and arguments, what __init__ found out: seconds, scope, record, text of the place; and the
-    # code, whose id is in the key, so that it lives on.
+    # By place in the code and arguments: seconds, scope, record, text of the place; and the code, so that its id in the
+    # key stays its own.
     _sites: dict[Any, Any] = {}
     _frame = staticmethod(sys._getframe)
     _guard: Any
@@ -979,13 +979,14 @@ class watchdog_expires:
         frame = self._frame(1)
         key = id(frame.f_code), frame.f_lasti, after, scope
         try:
-            site = self._sites.get(key)
-        except TypeError:  # it can't be hashed: this tells what it should be
-            _to_seconds(after)
-            raise
-        if site is not None:
-            self._site = site
-            return
+            self._site = self._sites[key]
+        except (KeyError, TypeError):  # what can't be hashed is refused there
+            if len(self._sites) >= 1000:
+                self._sites.clear()
+            self._site = self._sites[key] = self._new_site(frame, after, scope)
+
+    @staticmethod
+    def _new_site(frame: Any, after: float | None, scope: str | None) -> Any:
         seconds = None if after is None else _to_seconds(after)
         code, function = frame.f_code, getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
         file = code.co_filename.rpartition("/")[2]
@@ -995,13 +996,10 @@ class watchdog_expires:
         else:
             scope = _Scope(scope)
             scope.record = record = _record(seconds or 0.0, scope, where)
-        if len(self._sites) >= 1000:
-            self._sites.clear()
-        self._site = self._sites[key] = seconds, scope, record, where, code
+        return seconds, scope, record, where, code
 
     def __enter__(self) -> Self:
-        site = self._site
-        after, scope, record = site[0], site[1], site[2]
+        after, scope, record, _, _ = self._site
         if after is None:
             return self
         client = self.client
