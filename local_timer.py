@@ -864,45 +864,47 @@ class LocalTimerServer(TimerServer):
             self._later[timer] = when + stalled + _HEARTBEAT, signum  # it may have begun anywhere in the sleep
 
     def _reap_worker(self, worker_id: int) -> bool:
-        with contextlib.ExitStack() as stack, contextlib.suppress(ProcessLookupError):
-            send = functools.partial(os.kill, worker_id)
-            try:
-                pidfd = os.pidfd_open(worker_id)
-                stack.callback(os.close, pidfd)
-                send = functools.partial(signal.pidfd_send_signal, pidfd)
-            except ProcessLookupError:
-                raise
-            except (AttributeError, OSError):  # macOS, an old kernel, no descriptor left: the pid must do
-                pass
-            # In this order no stranger can be hit: the process is held already, now ask once more whose the timers are.
-            asked = self._ask(self._expired.get(worker_id, []))
-            found = [(timer, request) for timer, request in asked if request and request.worker_id == worker_id]
-            return bool(found) and self._signal(worker_id, send, found)
-        return True
+        try:
+            pidfd = os.pidfd_open(worker_id)
+        except ProcessLookupError:
+            return True
+        except (AttributeError, OSError):  # macOS, an old kernel, no descriptor left: the pid must do
+            return self._signal(worker_id, functools.partial(os.kill, worker_id))
+        try:
+            return self._signal(worker_id, functools.partial(signal.pidfd_send_signal, pidfd))
+        finally:
+            os.close(pidfd)
 
-    def _signal(self, pid: int, send: Callable[[int], None], found: list[tuple[Any, TimerRequest]]) -> bool:
-        now, reports = time.monotonic(), []
-        for (number, deadline), request in found:
-            name = request.scope_id if request.scope_id.isprintable() else ascii(request.scope_id)
-            after = f"{1000 * (now - deadline):.1f} ms after its deadline"
-            if self._board is not None:
-                after = f"after {self._board._limit(number) + now - deadline:.2f} s"
-            reports.append(f"{name} is still running {after}")
+    def _signal(self, pid: int, send: Callable[[int], None]) -> bool:
+        # In this order no stranger can be hit: the process is held already, now ask once more whose the timers are.
+        asked = self._ask(self._expired.get(pid, []))
+        found = [(timer, request) for timer, request in asked if request and request.worker_id == pid]
         kill = any(self._act_on(timer)[1] == signal.SIGKILL for timer, _ in found)
-        signum = signal.SIGKILL if kill else self._signum
+        signum, now = signal.SIGKILL if kill else self._signum, time.monotonic()
+        if not found:
+            return False
         try:
             # SIGKILL comes before all else. Another signal may make the worker print, so there our line comes first, if
             # the worker may be signalled at all.
             send(signum if kill else 0)
-            logger.warning("local_timer: %s for pid %d: %s", signum.name, pid, ", ".join(reports))
+            reports = ", ".join(self._report(timer, request.scope_id, now) for timer, request in found)
+            logger.warning("local_timer: %s for pid %d: %s", signum.name, pid, reports)
             if not kill:
                 send(signum)
+        except ProcessLookupError:
+            return True
         except PermissionError as error:
             logger.error("local_timer: %s for pid %d failed, next try in a second: %s", signum.name, pid, error)
             self._later.update((timer, (now + 1.0, signum)) for timer, _ in found)
             return False
         self._later.update((timer, (now + self._grace, signal.SIGKILL)) for timer, _ in found)
         return kill
+
+    def _report(self, timer: Any, name: str, now: float) -> str:
+        name = name if name.isprintable() else ascii(name)
+        if self._board is None:
+            return f"{name} is still running {1000 * (now - timer[1]):.1f} ms after its deadline"
+        return f"{name} is still running after {self._board._limit(timer[0]) + now - timer[1]:.2f} s"
 
     def _wake(self) -> None:
         with contextlib.suppress(Exception):  # if the queue is full there is no wait; if it is closed, no server
