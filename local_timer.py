@@ -243,19 +243,24 @@ class Scoreboard(RequestQueue):
     @staticmethod
     def _made() -> Iterator[int]:
         yield from os.pipe()
-        if _LINUX:
+        if hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS"):
             file = os.memfd_create("local_timer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        else:
+            yield file
+            os.ftruncate(file, _SIZE)
+            # Who made it shorter would kill us all, by SIGBUS (memfd_create(2)).
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        else:  # macOS, or an interpreter that was built for an old libc (conda's, Amazon Linux)
             import tempfile
 
-            file = os.dup(tempfile.TemporaryFile().fileno())  # noqa: SIM115
-        yield file
-        os.ftruncate(file, _SIZE)
-        if _LINUX:  # who made it shorter would kill us all, by SIGBUS (memfd_create(2))
-            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+            shared = "/dev/shm"  # in memory: a store into the map of a file on a disk may wait for the disk
+            with tempfile.TemporaryFile(dir=shared if os.access(shared, os.W_OK) else None) as made:
+                os.ftruncate(made.fileno(), _SIZE)
+                yield os.dup(made.fileno())
 
     def _open(self, descriptors: Iterable[int]) -> None:
-        """Attach what is behind these descriptors; if that fails, nothing has changed."""
+        """Attach what is behind these descriptors, and move there what timers this process has. If that fails, what was
+        lost before stays lost, and is opened anew at the next use."""
+        rows = self._rows
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as taken:
             # In a program that has closed some of 0, 1 and 2, ours must not get their numbers: it may open them anew,
             # which closes ours.
@@ -266,10 +271,19 @@ class Scoreboard(RequestQueue):
             opened = {}
             for descriptor in descriptors:
                 undo.callback(os.close, descriptor)
-                os.set_inheritable(descriptor, False)  # it came to a spawned process otherwise
+                os.set_inheritable(descriptor, False)  # to a spawned process it comes inheritable
                 os.set_blocking(descriptor, False)
                 opened[descriptor] = _identity(descriptor)
-            self._attach(*opened)
+            try:
+                self._attach(*opened)
+                self._rows = {}
+                for slot in itertools.chain(*rows.values()):
+                    slot.cell = [slot.cell[0]]  # out of a row that may be another process's soon
+                for slots in rows.values():
+                    self._claim(slots)
+            except BaseException:
+                self._rows = rows
+                raise
             undo.pop_all()
         self._close()
         self._descriptors = opened
@@ -389,8 +403,8 @@ class Scoreboard(RequestQueue):
         look, (known, since, quiet) = self._look[0], self._unanswered
         if now <= look <= deadline and now < self._check_at:
             return
-        if look == known and now < quiet:
-            return  # the last poke is still on its way, and the look that it brings will see this deadline too
+        if look == known and look < now < quiet:
+            return  # nobody has looked since the last poke, and the look that it brings will see this deadline too
         if not self._is_ours():
             self._lost()
             look = self._look[0]
@@ -398,7 +412,7 @@ class Scoreboard(RequestQueue):
         if now <= look <= deadline:
             return
         with contextlib.suppress(BlockingIOError):  # full of pokes
-            os.write(self._writer, struct.pack("dd", now, deadline))
+            os.write(self._writer, struct.pack("dd", time.monotonic(), deadline))
         self._check_server()
         if look != known:
             since = now
@@ -443,7 +457,7 @@ class Scoreboard(RequestQueue):
         return []
 
     def _running(self) -> list[float]:
-        """Return the deadlines by number of the slot; 0 where a claimer was killed half-way."""
+        """Return the deadlines by number of the slot; 0, which is none, where a claim was broken off."""
         # What was never claimed is not read: to read a hole of a memory file is to fill it.
         rows = bytes(self._table[_USED : _USED + _ROWS]).rfind(b"\1") + 1
         deadlines: list[float] = self._deadlines[: rows * _ROW].tolist()
@@ -480,7 +494,7 @@ class _Process:
 def _after_fork_in_child() -> None:
     _Process.lock = threading.RLock()  # another thread of the parent may have held it
     _Process.starters.clear()
-    for board in [*Scoreboard._attached, *Scoreboard._kept]:
+    for board in list(Scoreboard._attached):
         board._forget()
 
 
@@ -823,7 +837,7 @@ class LocalTimerServer(TimerServer):
 
     def _next(self, now: float) -> float:
         due, deadlines = self._due(now)
-        if due:
+        if min(deadlines, default=_NEVER) <= now:
             deadlines = [*(self._act_on(timer)[0] for timer in due), *(each for each in deadlines if each > now)]
         return min(deadlines, default=_NEVER)
 
@@ -844,6 +858,7 @@ class LocalTimerServer(TimerServer):
         if self._board is not None:
             # Look again once that is known: who stored a deadline before could only go by the old one.
             self._board._look[0] = until if until < _NEVER else -now
+            self._board._start[0] = self._board._start[1] = 0.0  # whoever has just started another one was late
             until = min(until, self._next(now))
         elif size:
             until = min(until, soon)  # a killed worker may have counted a request that never comes
@@ -851,7 +866,8 @@ class LocalTimerServer(TimerServer):
         return until
 
     def _forgive(self) -> None:
-        """Move all deadlines by the time in which the server, and probably the workers too, did not run."""
+        """Move all deadlines by the time in which the server, and probably the workers too, did not run; but none by
+        more than the time for which its timer has been running."""
         now = time.monotonic()
         if self._meant == _NEVER and self._board is not None:  # it slept until poked
             self._meant = min(self._board._poked, now)
@@ -861,17 +877,18 @@ class LocalTimerServer(TimerServer):
             logger.warning("local_timer: the watchdog did not run for %.1f s: all deadlines move by that", stalled)
         for timer in running:
             when, signum = self._act_on(timer)
-            self._later[timer] = when + stalled + _HEARTBEAT, signum  # it may have begun anywhere in the sleep
+            seen = stalled if self._board is None else min(stalled, now - timer[1] + self._board._limit(timer[0]))
+            self._later[timer] = when + seen + _HEARTBEAT, signum  # it may have begun anywhere in the sleep
 
     def _reap_worker(self, worker_id: int) -> bool:
         try:
-            pidfd = os.pidfd_open(worker_id)
+            send, pidfd = signal.pidfd_send_signal, os.pidfd_open(worker_id)
         except ProcessLookupError:
             return True
-        except (AttributeError, OSError):  # macOS, an old kernel, no descriptor left: the pid must do
+        except (AttributeError, OSError):  # macOS, an old kernel or libc, no descriptor left: the pid must do
             return self._signal(worker_id, functools.partial(os.kill, worker_id))
         try:
-            return self._signal(worker_id, functools.partial(signal.pidfd_send_signal, pidfd))
+            return self._signal(worker_id, functools.partial(send, pidfd))
         finally:
             os.close(pidfd)
 
@@ -1163,10 +1180,13 @@ class _WatchedScoreboard(Scoreboard):
             return
         # is_enabled() is not enough: signal.signal(SIGABRT, ...) takes the handler away and doesn't tell (see proc(5)).
         enabled = faulthandler.is_enabled()
-        if enabled and os.access("/proc/self/status", os.R_OK):
+        try:
             with open("/proc/self/status") as status:
                 caught = next((line.split()[1] for line in status if line.startswith("SigCgt:")), "-1")
-            enabled = bool(int(caught, 16) >> (signal.SIGABRT - 1) & 1)
+            enabled = enabled and bool(int(caught, 16) >> (signal.SIGABRT - 1) & 1)
+        except OSError as error:  # no /proc, or no descriptor left
+            if error.errno is None:
+                raise  # it comes from a signal handler
         if not enabled:
             faulthandler.disable()
             faulthandler.enable(sys.__stderr__)
@@ -1174,49 +1194,50 @@ class _WatchedScoreboard(Scoreboard):
     def _lost(self) -> None:
         with _Process.lock:
             if not self._is_ours():  # else another thread was faster
-                table = self._table
-                for slot in itertools.chain(*self._rows.values()):
-                    slot.cell = [slot.cell[0]]  # out of a row that may be another process's soon
+                self._kept.append(self._table)  # a map has a descriptor of its own, which it would close
                 self._open(self._made())
-                self._kept.append(table)  # a map has a descriptor of its own, which it would close
-                rows, self._rows = self._rows, {}
-                for slots in rows.values():
-                    self._claim(slots)
 
     def _check_server(self) -> None:
         with _Process.lock:
-            first, last = self._start  # now, since a new server takes the lock before it clears that
-            for child in set(_Process.starters):
-                with contextlib.suppress(ChildProcessError):
-                    ended, status = os.waitpid(child, os.WNOHANG)
-                    if not ended:
-                        continue
-                    self._failed = self._failed or os.waitstatus_to_exitcode(status) > 0
-                _Process.starters.discard(child)
-            if self._holder(0) is not None:
-                return
+            served = self._look[0]
+            started = self._start_server()
+        if started and served:  # not in the lock: a handler may have one of its own, for which others wait in here
+            logger.warning("local_timer: the watchdog process was lost; another one starts")
+
+    def _start_server(self) -> bool:
+        """Start a watchdog process if there is none, and none about to serve; return whether that was done."""
+        first, last = self._start  # now, since a new server takes the lock before it clears that
+        for child in set(_Process.starters):
+            with contextlib.suppress(ChildProcessError):
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if not ended:
+                    continue
+                self._failed = self._failed or os.waitstatus_to_exitcode(status) > 0
+            _Process.starters.discard(child)
+        if self._holder(0) is not None:
+            return False
+        now = time.monotonic()
+        if now - last < 1.0:
             if self._failed:
                 raise RuntimeError(f"the watchdog process ends when it has just been started: {_WAY_OUT}")
-            now = time.monotonic()
-            if now - last < 1.0:
-                return  # one is about to serve
-            if self._look[0]:
-                logger.warning("local_timer: the watchdog process is lost; starting another")
-            python, settings = sys.executable or "", [str(int(self._settings[0])), str(float(self._settings[1]))]
-            command = [python, "-IS", "-OO", _THIS_FILE, "--watchdog", *settings]
-            # Who waits for the end of the program's output must not wait for the watchdog: its stdout is our file.
-            files = [(os.POSIX_SPAWN_DUP2, self._reader, 0), (os.POSIX_SPAWN_DUP2, self._file, 1)]
-            try:
-                if not python or getattr(sys, "frozen", False) or sys.is_finalizing() or not os.path.isfile(_THIS_FILE):
-                    raise OSError(errno.ENOENT, "no interpreter or no such file now")
-                self._start[0], self._start[1] = first or now, now
-                pid = os.posix_spawn(python, command, os.environ, file_actions=files, setsigmask=_SHIELDED)
-                _Process.starters.add(pid)
-            except OSError as error:
-                self._start[0], self._start[1] = first, last
-                if error.errno is None:
-                    raise  # it comes from a signal handler
-                raise RuntimeError(f"can't start {python!r} on {_THIS_FILE!r} ({error}): {_WAY_OUT}") from error
+            return False
+        self._failed = False
+        python, settings = sys.executable or "", [str(int(self._settings[0])), str(float(self._settings[1]))]
+        command = [python, "-IS", "-OO", _THIS_FILE, "--watchdog", *settings]
+        # Who waits for the end of the program's output must not wait for the watchdog: its stdout is our file.
+        files = [(os.POSIX_SPAWN_DUP2, self._reader, 0), (os.POSIX_SPAWN_DUP2, self._file, 1)]
+        try:
+            if not python or getattr(sys, "frozen", False) or sys.is_finalizing() or not os.path.isfile(_THIS_FILE):
+                raise OSError(errno.ENOENT, "no interpreter or no such file now")
+            self._start[0], self._start[1] = first or now, now
+            pid = os.posix_spawn(python, command, os.environ, file_actions=files, setsigmask=_SHIELDED)
+            _Process.starters.add(pid)
+        except OSError as error:
+            self._start[0], self._start[1] = first, last
+            if error.errno is None:
+                raise  # it comes from a signal handler
+            raise RuntimeError(f"can't start {python!r} on {_THIS_FILE!r} ({error}): {_WAY_OUT}") from error
+        return True
 
 
 class _Stderr:
@@ -1238,7 +1259,7 @@ def _watchdog_main(signum: str, grace: str) -> None:
     if _identity(2) is None:
         os.dup2(0, 2)  # or the next file would be our stderr
     if os.fork():
-        os._exit(0)  # the program has no child then, for which it could wait in vain
+        os._exit(0)  # the program has no child then for which it waits in vain, unless it adopts orphans (prctl(2))
     board = Scoreboard.__new__(Scoreboard)
     board._forget()
     board._attach(0, -1, 1)
@@ -1258,7 +1279,7 @@ def _demo() -> int:
     }
     hung: dict[str, Callable[[], object]] = {
         "asleep": lambda: time.sleep(60),
-        "in a Python loop": lambda: all(True for _ in itertools.repeat(0)),
+        "in a Python loop": lambda: [None for _ in iter(int, 1) if False],
         "in a lock": lambda: [lock.acquire() for lock in 2 * [threading.Lock()]],
         "in async code": lambda: asyncio.run(asyncio.sleep(60)),
         last: lambda: sum(itertools.repeat(0)),

@@ -929,6 +929,51 @@ def test_a_server_out_of_descriptors_kills(result: Result) -> None:
     assert result[:2] == (0, "-9\n")
 
 
+@runs("""
+    for module, name in (os, "memfd_create"), (os, "pidfd_open"), (signal, "pidfd_send_signal"):
+        if hasattr(module, name): delattr(module, name)
+    with LocalTimerServer() as server:
+        print(end_of(fork(lambda: (acquire(server.client(), 0.3), time.sleep(FOREVER)))), end_of(fork(hang)))
+""")
+def test_an_interpreter_that_was_built_for_an_old_system_will_do(result: Result) -> None:
+    assert result[:2] == (0, "-9 -6\n")
+
+
+@linux_only
+@runs("""
+    import fcntl
+    def breaks_off(lockf=fcntl.lockf):
+        fcntl.lockf = lambda *of: (lockf(*of), os.kill(os.getpid(), signal.SIGSTOP))
+        acquire(client, 60)
+
+    _, server, client = serve()
+    broken = fork(breaks_off)
+    os.waitpid(broken, os.WUNTRACED), fork(lambda: (acquire(client, 1), client.release("named"), time.sleep(4)))
+    time.sleep(1), os.kill(broken, signal.SIGKILL), time.sleep(0.5)
+    before = counts(server.pid)
+    print(time.sleep(1), counts(server.pid)[0] - before[0] < 9, counts(server.pid)[1] - before[1] < 0.1)
+""")
+def test_a_worker_that_dies_amid_its_first_call_keeps_no_server_awake(result: Result) -> None:
+    assert result[:2] == (0, "None True True\n")
+
+
+@runs("""
+    def worker():
+        configure(server.client())
+        with watchdog_expires(after=0.5):
+            time.sleep(0.06), short(0), time.sleep(0.009), os.write(go, repr(time.monotonic()).encode()), short(FOREVER)
+
+    short, server, (ready, go), late = watchdog_expires(after=0.005)(time.sleep), LocalTimerServer(), os.pipe(), []
+    server.start()
+    for _ in range(5):
+        died = end_of(fork(worker)), time.monotonic()
+        late.append(died[1] - float(os.read(ready, 100))), time.sleep(0.6)
+    print(min(late) < 0.1)
+""")
+def test_a_short_limit_inside_a_long_one_is_kept_each_time(result: Result) -> None:
+    assert result[:2] == (0, "True\n")
+
+
 @linux_only
 @pytest.mark.parametrize("when", ["at once", "amid calls", "and opening none"])
 @pytest.mark.parametrize("guard", ["server", "watchdog", "watchdog of the parent", "watchdog of a daemon"])
@@ -987,10 +1032,34 @@ def test_lost_descriptors_are_noticed_within_a_second_of_any_use_and_running_tim
             with contextlib.suppress(OSError):
                 if "pipe" in os.readlink(f"/proc/self/fd/{number}"): os.close(number)
         time.sleep(1.1), call(0)
-    call(1), hang()
+    end_of(fork(call, 0)), call(1), hang()
 """)
 def test_what_is_left_of_a_lost_scoreboard_kills_nobody(result: Result) -> None:
     assert result.status == -signal.SIGABRT and "limit 0.3 s" in result.errors and "1.6 s" not in result.errors
+    assert "Exception ignored" not in result.errors
+
+
+@linux_only
+@pytest.mark.parametrize("step", range(5))
+@runs("""
+    import fcntl
+    def interrupt(*of):
+        if steps.pop(): raise KeyboardInterrupt
+        return lockf(*of)
+
+    call, lockf, steps = watchdog_expires(after=60)(time.sleep), fcntl.lockf, [True] + [False] * int(sys.argv[1])
+    with contextlib.ExitStack() as stack:
+        for _ in range(40): stack.enter_context(watchdog_expires(after=60))  # in three rows
+        os.closerange(3, 1000), time.sleep(1.1)
+        fcntl.lockf = interrupt
+        try: call(0)
+        except KeyboardInterrupt: fcntl.lockf = lockf
+    for _ in range(60): call(0.01)
+    assert fcntl.lockf is lockf, "not interrupted"
+    hang()
+""")
+def test_an_interrupt_while_a_lost_scoreboard_is_replaced_leaves_no_call_unguarded(step: int, result: Result) -> None:
+    assert result.status == -signal.SIGABRT
 
 
 @linux_only
@@ -1333,9 +1402,34 @@ def test_where_no_interpreter_can_be_started_an_error_names_the_way_out(line: st
     call = vendored.watchdog_expires(after=5)(time.monotonic)
     try: wait_until(lambda: call() < 0)
     except RuntimeError as error: print(error)
+    shutil.copy(local_timer.__file__, "vendored.py"), time.sleep(1)
+    call(), time.sleep(0.5), call()
+    vendored.watchdog_expires(after=0.3)(time.sleep)(FOREVER)
 """)
-def test_a_watchdog_that_can_not_start_is_told_by_the_next_call(result: Result) -> None:
-    assert result.status == 0 and "LocalTimerServer" in result.output
+def test_a_watchdog_that_can_not_start_is_told_by_the_next_call_and_tried_again(result: Result) -> None:
+    assert result.status == -signal.SIGABRT and "LocalTimerServer" in result.output
+
+
+@runs("""
+    import logging
+    class Guarded(logging.Handler):
+        def emit(self, record): call(0.05)
+
+    call, posix_spawn = watchdog_expires(after=60)(time.sleep), os.posix_spawn
+    logging.getLogger().addHandler(Guarded())
+    def killed(*of, **named): os.kill(pid := posix_spawn(*of, **named), signal.SIGKILL); return pid
+    os.posix_spawn = killed
+    call(0), time.sleep(4)
+    os.posix_spawn, begin = posix_spawn, time.monotonic()
+    call(0), wait_until(lambda: not os.kill(a_watchdog(), signal.SIGKILL)), time.sleep(1)
+    for thread in in_threads(*3 * [lambda: (call(0), logging.error("a record"))]): thread.join()
+    print(time.monotonic() - begin < 9)
+    hang(0.5)
+""")
+def test_a_watchdog_that_is_killed_at_its_start_delays_nobody_nor_does_a_guarded_log_handler(result: Result) -> None:
+    assert (
+        result[:2] == (-signal.SIGABRT, "True\n") and float(re.findall("running after (.*) s", result.errors)[-1]) < 2.5
+    )
 
 
 @pytest.mark.parametrize("when", ["in a destructor", "in a destructor, decorated there", "at exit"])
