@@ -946,10 +946,12 @@ def test_an_interpreter_that_was_built_for_an_old_system_will_do(result: Result)
         fcntl.lockf = lambda *of: (lockf(*of), os.kill(os.getpid(), signal.SIGSTOP))
         acquire(client, 60)
 
+    def waits(): acquire(client, 1), client.release("named"), time.sleep(4)
+
     _, server, client = serve()
+    fork(waits), time.sleep(0.3)  # in the row that was used before
     broken = fork(breaks_off)
-    os.waitpid(broken, os.WUNTRACED), fork(lambda: (acquire(client, 1), client.release("named"), time.sleep(4)))
-    time.sleep(1), os.kill(broken, signal.SIGKILL), time.sleep(0.5)
+    os.waitpid(broken, os.WUNTRACED), fork(waits), time.sleep(1), os.kill(broken, signal.SIGKILL), time.sleep(0.5)
     before = counts(server.pid)
     print(time.sleep(1), counts(server.pid)[0] - before[0] < 9, counts(server.pid)[1] - before[1] < 0.1)
 """)
@@ -960,14 +962,15 @@ def test_a_worker_that_dies_amid_its_first_call_keeps_no_server_awake(result: Re
 @runs("""
     def worker():
         configure(server.client())
-        with watchdog_expires(after=0.5):
+        short(0), time.sleep(0.6)
+        with watchdog_expires(after=0.2):
             time.sleep(0.06), short(0), time.sleep(0.009), os.write(go, repr(time.monotonic()).encode()), short(FOREVER)
 
     short, server, (ready, go), late = watchdog_expires(after=0.005)(time.sleep), LocalTimerServer(), os.pipe(), []
     server.start()
     for _ in range(5):
         died = end_of(fork(worker)), time.monotonic()
-        late.append(died[1] - float(os.read(ready, 100))), time.sleep(0.6)
+        late.append(died[1] - float(os.read(ready, 100)))
     print(min(late) < 0.1)
 """)
 def test_a_short_limit_inside_a_long_one_is_kept_each_time(result: Result) -> None:
