@@ -102,27 +102,27 @@ class MultiprocessingRequestQueue(RequestQueue):
     """A `RequestQueue` over any `multiprocessing` queue, for programs that were written for PyTorch's timer.
 
     Such a queue sends through a thread that needs the GIL: a worker that hangs with the GIL held right after `acquire`
-    is missed. One killed while it holds the queue's lock silences all others, and for one that died with a timer
-    running who has its pid then is killed. A `Scoreboard` has none of these weaknesses.
+    is missed. One killed while it holds the queue's lock silences all others; and if one died with a timer running,
+    whoever has its pid by then is killed. A `Scoreboard` has none of these weaknesses.
     """
 
     def __init__(self, mp_queue: Any) -> None:
         if not hasattr(mp_queue, "get") or not hasattr(mp_queue, "qsize"):
             raise TypeError(f"a Scoreboard or a multiprocessing queue with get and qsize is needed, not {mp_queue!r}")
         self._mp_queue = mp_queue
-        self._ahead: list[TimerRequest] = []  # what had to be taken out to count it
+        self._taken_out: list[TimerRequest] = []  # what had to be taken out to count it
 
     def size(self) -> int:
         try:
             return int(self._mp_queue.qsize())
         except NotImplementedError:  # macOS has no sem_getvalue; a queue holds 32,767 requests there (SEM_VALUE_MAX)
-            self._ahead = self.get(32767, 0.0)
-            return len(self._ahead)
+            self._taken_out = self.get(32767, 0.0)
+            return len(self._taken_out)
 
     def get(self, size: int, timeout: float) -> list[TimerRequest]:
         from queue import Empty
 
-        requests, self._ahead = self._ahead[:size], self._ahead[size:]
+        requests, self._taken_out = self._taken_out[:size], self._taken_out[size:]
         deadline = time.monotonic() + timeout
         with contextlib.suppress(Empty):
             while len(requests) < size:
@@ -172,7 +172,7 @@ class _NobodyLeft(Exception):
 
 
 class _Slot:
-    """A place for one timer in a row of this process. Its user is who has taken it from the free ones."""
+    """A place for one timer in a row of this process. Whoever took it from the free ones uses it alone."""
 
     __slots__ = ("board", "free", "look", "cell", "place", "record")
 
@@ -193,7 +193,9 @@ class _Slot:
             self.describe(record)
         now = time.monotonic()
         self.cell[0] = deadline = now + after
-        if not (now <= self.look[0] <= deadline and now < self.board._check_at):  # nearly never, so it is asked here
+        if not (
+            now <= self.look[0] <= deadline and now < self.board._check_again_at
+        ):  # nearly never, so it is asked here
             self.board._poke(now, deadline)
 
     def describe(self, record: bytes) -> None:
@@ -207,7 +209,7 @@ class _Slot:
 _cell = operator.attrgetter("cell")
 
 
-def _store(slots: Iterable[Any], deadline: float) -> bool:
+def _store_all(slots: Iterable[Any], deadline: float) -> bool:
     # The user of a slot may be any thread, and another may just give it back. So this is in C from end to end: the GIL
     # stays here from the look-up of the first of `slots` to the store.
     return bool(list(map(operator.setitem, map(_cell, slots), (0,), (deadline,))))
@@ -226,7 +228,8 @@ class Scoreboard(RequestQueue):
     """
 
     # fcntl(2): closing any descriptor of a file drops all record locks of the process on it. So a process attaches a
-    # scoreboard once (it can't be pickled for one that is there already), and closes nothing of it while a timer runs.
+    # scoreboard once (it is pickled only for a process that is being spawned) and closes nothing of it while a timer
+    # runs.
     _attached: weakref.WeakSet[Scoreboard] = weakref.WeakSet()
     _kept: list[Any] = []  # what must not end while the process lives
     _settings: tuple[Any, ...] = ()
@@ -234,7 +237,7 @@ class Scoreboard(RequestQueue):
     _rows: dict[int, list[_Slot]] = {}  # what this process owns: the slots by row, the free ones, those with a name
     _free: list[_Slot] = []
     _scopes: dict[str, _Slot] = {}
-    _poked = _poked_for = _NEVER  # of what the server has just read: since when, for what deadline at the earliest
+    _poked = _poked_for = _NEVER  # of the pokes that were just read: the first moment of one, the first deadline in one
 
     def __init__(self) -> None:
         self._forget()
@@ -292,9 +295,9 @@ class Scoreboard(RequestQueue):
         table = memoryview(mmap.mmap(file, _SIZE))
         self._reader, self._writer, self._file, self._table = reader, writer, file, table
         self._look: Any = table[:8].cast("d")  # when the server looks next; negative: not before it is poked
-        self._start: Any = table[8:24].cast("d")  # when one was started that does not serve yet, first and last
+        self._starting: Any = table[8:24].cast("d")  # when one was started that does not serve yet, first and last
         self._deadlines: Any = table[_DEADLINES:_NAMES].cast("d")
-        self._unanswered = _NEVER, _NEVER, 0.0  # what _look was at the last poke, since when; when to poke again
+        self._last_poke = _NEVER, _NEVER, 0.0  # what _look was at the last poke, since when; when to poke again
         self._attached.add(self)
 
     def _forget(self) -> None:
@@ -304,7 +307,7 @@ class Scoreboard(RequestQueue):
             slot.cell = [_NEVER]
         self._rows, self._free, self._scopes = {}, [], {}
         self._candidates = itertools.count()  # for a row: each thread tries other ones
-        self._check_at = 0.0
+        self._check_again_at = 0.0
         self._serving = False
 
     def _close(self) -> None:
@@ -324,10 +327,10 @@ class Scoreboard(RequestQueue):
 
     def __reduce__(self) -> tuple[Any, ...]:
         assert_spawning(self)
-        return self._arrive, (self._settings, *map(reduction.DupFd, self._descriptors))
+        return self._unpickle, (self._settings, *map(reduction.DupFd, self._descriptors))
 
     @classmethod
-    def _arrive(cls, settings: tuple[Any, ...], *passed: Any) -> Scoreboard:
+    def _unpickle(cls, settings: tuple[Any, ...], *passed: Any) -> Scoreboard:
         board = cls.__new__(cls)
         board._settings = settings
         board._forget()
@@ -365,7 +368,7 @@ class Scoreboard(RequestQueue):
         if not self._is_ours():
             self._lost()
         if not self._rows:
-            self._enter_process()
+            self._ensure_stack()
         self._free.extend(self._claim([_Slot(self) for _ in range(_ROW)]))
         return self._take()
 
@@ -387,7 +390,7 @@ class Scoreboard(RequestQueue):
         rows[row] = slots
         return slots
 
-    def _enter_process(self) -> None: ...
+    def _ensure_stack(self) -> None: ...
 
     def _lost(self) -> None:
         raise BrokenPipeError("this process has closed the descriptors of its scoreboard: nothing guards it")
@@ -400,15 +403,15 @@ class Scoreboard(RequestQueue):
     def _poke(self, now: float, deadline: float) -> None:
         """Wake the server, unless it means to look between `now` and `deadline`. Once a second, see whether this
         process has lost its scoreboard in the meantime."""
-        look, (known, since, quiet) = self._look[0], self._unanswered
-        if now <= look <= deadline and now < self._check_at:
+        look, (known, since, quiet) = self._look[0], self._last_poke
+        if now <= look <= deadline and now < self._check_again_at:
             return
         if look == known and look < now < quiet:
             return  # nobody has looked since the last poke, and the look that it brings will see this deadline too
         if not self._is_ours():
             self._lost()
             look = self._look[0]
-        self._check_at = now + 1.0
+        self._check_again_at = now + 1.0
         if now <= look <= deadline:
             return
         with contextlib.suppress(BlockingIOError):  # full of pokes
@@ -419,7 +422,7 @@ class Scoreboard(RequestQueue):
         if now - since > 10:
             logger.warning("local_timer: the timer server lives, but has not looked for 10 s")
             since = _NEVER
-        self._unanswered = look, since, now + 0.02
+        self._last_poke = look, since, now + 0.02
 
     # What a server does. It writes nothing but the header.
 
@@ -428,8 +431,7 @@ class Scoreboard(RequestQueue):
         if self._serving or not self._lock(0):
             raise RuntimeError("another timer server serves this scoreboard already")
         self._serving = True
-        started, self._start[0], self._start[1] = self._start[0], 0.0, 0.0
-        return float(started) or time.monotonic()
+        return float(self._starting[0]) or time.monotonic()
 
     def _unserve(self) -> None:
         self._serving = False
@@ -551,8 +553,7 @@ class LocalTimerClient(TimerClient):
         now = time.monotonic()
         if not 0 <= expiration_time < _WALL_CLOCK:
             hint = ", a value of time.time()" if _WALL_CLOCK <= expiration_time < 1e10 else ""
-            clock = f"a deadline on time.monotonic(), which is at {now:.0f} s now"
-            raise ValueError(f"expiration_time must be {clock}, not {expiration_time!r}{hint}")
+            raise ValueError(f"expiration_time must be like time.monotonic() + 30, not {expiration_time!r}{hint}")
         scope, board, deadline = _Scope(scope_id), self._board, float(expiration_time) or 5e-324  # 0: an unclaimed slot
         if board is None:
             self._mp_queue.put(TimerRequest(os.getpid(), str(scope_id), deadline))
@@ -569,7 +570,7 @@ class LocalTimerClient(TimerClient):
                     if slot is not new:  # another thread was faster
                         new.give_back()
                 slot.describe(record)
-                stored = _store(board._find(scope), deadline)
+                stored = _store_all(board._find(scope), deadline)
             board._poke(time.monotonic(), deadline)
         except BaseException:
             self.release(scope_id)
@@ -581,9 +582,9 @@ class LocalTimerClient(TimerClient):
             self._mp_queue.put(TimerRequest(os.getpid(), str(scope_id), -1.0))
             return
         try:
-            _store(self._board._find(scope_id), _NEVER)  # the deadline goes before the key, for the same reason
+            _store_all(self._board._find(scope_id), _NEVER)  # the deadline goes before the key, for the same reason
         except BaseException:
-            _store(self._board._find(scope_id), _NEVER)
+            _store_all(self._board._find(scope_id), _NEVER)
             raise
         slot = self._board._scopes.pop(scope_id, None)
         if slot is not None:
@@ -661,7 +662,7 @@ class TimerServer(abc.ABC):
         size = self._request_queue.size()
         until = min(self._wake_at(start, size), start + self._max_interval)
         requests = self._request_queue.get(max(1, size), max(0.0, until - time.monotonic()))
-        # Judge by a moment up to which all is known: behind a request that came, a release may be waiting.
+        # Judge by a moment before which every request has been read: behind one that came, a release may wait.
         known = start if requests else min(until, time.monotonic())
         self.register_timers(requests)
         reaped = set()
@@ -770,7 +771,7 @@ class LocalTimerServer(TimerServer):
         self._board = self._mp_queue if isinstance(self._mp_queue, Scoreboard) else None
         super().__init__(self._board or MultiprocessingRequestQueue(mp_queue), max_interval, daemon)
         self._signum, self._grace = signal.Signals(signum), grace
-        self._meant = _NEVER  # by when it had to be awake
+        self._awake_by = _NEVER  # by when it had to be awake
         self._requests: dict[tuple[int, str], TimerRequest] = {}  # of a queue, the running timers
         # When to act on a timer, and how, if not at its deadline: a grace that runs, a refused kill, a forgiven stall.
         self._later: dict[Any, tuple[float, signal.Signals]] = {}
@@ -781,7 +782,7 @@ class LocalTimerServer(TimerServer):
         return LocalTimerClient(self._mp_queue)
 
     def _begin(self) -> None:
-        self._meant = time.monotonic() if self._board is None else self._board._serve()
+        self._awake_by = time.monotonic() if self._board is None else self._board._serve()
         self._later.clear()
 
     def _end(self) -> None:
@@ -858,20 +859,20 @@ class LocalTimerServer(TimerServer):
         if self._board is not None:
             # Look again once that is known: who stored a deadline before could only go by the old one.
             self._board._look[0] = until if until < _NEVER else -now
-            self._board._start[0] = self._board._start[1] = 0.0  # whoever has just started another one was late
+            self._board._starting[0] = self._board._starting[1] = 0.0  # also if somebody starts another one just now
             until = min(until, self._next(now))
         elif size:
             until = min(until, soon)  # a killed worker may have counted a request that never comes
-        self._meant = max(until, now)
+        self._awake_by = max(until, now)
         return until
 
     def _forgive(self) -> None:
         """Move all deadlines by the time in which the server, and probably the workers too, did not run; but none by
         more than the time for which its timer has been running."""
         now = time.monotonic()
-        if self._meant == _NEVER and self._board is not None:  # it slept until poked
-            self._meant = min(self._board._poked, now)
-        stalled, self._meant = now - self._meant, now
+        if self._awake_by == _NEVER and self._board is not None:  # it slept until poked
+            self._awake_by = min(self._board._poked, now)
+        stalled, self._awake_by = now - self._awake_by, now
         running = self._due(_WALL_CLOCK)[0] if stalled > _STALL else []
         if running:
             logger.warning("local_timer: the watchdog did not run for %.1f s: all deadlines move by that", stalled)
@@ -935,7 +936,7 @@ class LocalTimerServer(TimerServer):
 def configure(timer_client: TimerClient | None) -> None:
     """Set the client of this process and those it forks; `None` clears it, and no watchdog starts by itself then."""
     if not isinstance(timer_client, (TimerClient, type(None))):
-        raise TypeError(f"configure() takes a TimerClient or None, not {timer_client!r}")
+        raise TypeError(f"configure() takes a TimerClient, like server.client(), or None, not {timer_client!r}")
     _Process.switched_off = timer_client is None
     _Process.client = timer_client
 
@@ -943,7 +944,7 @@ def configure(timer_client: TimerClient | None) -> None:
 def _to_seconds(after: Any) -> float:
     with contextlib.suppress(TypeError):  # of a comparison with what is no number
         if not 0 < after < _WALL_CLOCK:
-            raise ValueError(f"after must be a positive number of seconds below {_WALL_CLOCK:g}, not {after!r:.40}")
+            raise ValueError(f"after must be a positive number of seconds, or None for no limit, not {after!r:.40}")
         return float(after)
     form = "write `@watchdog_expires(after=30)` or `with watchdog_expires(after=30):`"
     raise TypeError(f"after must be a number of seconds or None, not {after!r}: {form}")
@@ -1034,7 +1035,7 @@ class watchdog_expires:
         if self._held[0] is not slot:
             self._held.remove(slot)
             slot.give_back()
-            self._guard = None  # or the death of this `__exit__` would end the timer
+            self._guard = None  # or the death of this block's `__exit__` would end the other one's timer
             raise RuntimeError("this timer is running: make one for each block that is entered at the same time")
         try:
             slot.start(record, after)
@@ -1068,7 +1069,7 @@ class watchdog_expires:
         slot, now = next(iter(self._held), None), time.monotonic()
         if slot is None:
             raise RuntimeError("reset() works inside its block only: `with watchdog_expires(...) as timer:`")
-        if _store(self._held, now + after) and isinstance(slot, _Slot):
+        if _store_all(self._held, now + after) and isinstance(slot, _Slot):
             slot.board._poke(now, now + after)
 
     def _copy(self, record: bytes | None = None) -> watchdog_expires:
@@ -1079,7 +1080,8 @@ class watchdog_expires:
 
     def __call__(self, func: Callable[P, R]) -> Callable[P, R]:
         if not callable(func) or isinstance(func, (type, staticmethod, classmethod)):
-            raise TypeError(f"watchdog_expires guards a function or a method, put right above its def; not {func!r}")
+            place = "right above its def, below @staticmethod and the like; of a class its methods"
+            raise TypeError(f"watchdog_expires guards a function or a method, put {place}; not {func!r}")
         if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
             cure = "put `with watchdog_expires(...):` inside"
             raise TypeError(f"a generator runs after its call has returned, so {func!r} can't be guarded: {cure}")
@@ -1154,7 +1156,7 @@ def start_watchdog(*args: object, signum: int = signal.SIGABRT, grace: float = 5
             return client
         board = _WatchedScoreboard(signum, grace)
         board._check_server()
-        board._enter_process()
+        board._ensure_stack()
         client = LocalTimerClient(board)
         configure(client)
     if os.getpid() == 1:
@@ -1172,7 +1174,7 @@ class _WatchedScoreboard(Scoreboard):
         self._settings = signum, grace
         super().__init__()
 
-    def _enter_process(self) -> None:
+    def _ensure_stack(self) -> None:
         custom = callable(signal.getsignal(signal.SIGABRT))  # which makes it a soft limit
         if custom or self._settings[0] != signal.SIGABRT or sys.__stderr__ is None or sys.__stderr__.closed:
             return
@@ -1206,7 +1208,7 @@ class _WatchedScoreboard(Scoreboard):
 
     def _start_server(self) -> bool:
         """Start a watchdog process if there is none, and none about to serve; return whether that was done."""
-        first, last = self._start  # now, since a new server takes the lock before it clears that
+        first, last = self._starting  # now, since a new server takes the lock before it clears that
         for child in set(_Process.starters):
             with contextlib.suppress(ChildProcessError):
                 ended, status = os.waitpid(child, os.WNOHANG)
@@ -1229,11 +1231,11 @@ class _WatchedScoreboard(Scoreboard):
         try:
             if not python or getattr(sys, "frozen", False) or sys.is_finalizing() or not os.path.isfile(_THIS_FILE):
                 raise OSError(errno.ENOENT, "no interpreter or no such file now")
-            self._start[0], self._start[1] = first or now, now
+            self._starting[0], self._starting[1] = first or now, now
             pid = os.posix_spawn(python, command, os.environ, file_actions=files, setsigmask=_SHIELDED)
             _Process.starters.add(pid)
         except OSError as error:
-            self._start[0], self._start[1] = first, last
+            self._starting[0], self._starting[1] = first, last
             if error.errno is None:
                 raise  # it comes from a signal handler
             raise RuntimeError(f"can't start {python!r} on {_THIS_FILE!r} ({error}): {_WAY_OUT}") from error
