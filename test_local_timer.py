@@ -969,8 +969,7 @@ def test_a_worker_that_dies_amid_its_first_call_keeps_no_server_awake(result: Re
     short, server, (ready, go), late = watchdog_expires(after=0.005)(time.sleep), LocalTimerServer(), os.pipe(), []
     server.start()
     for _ in range(5):
-        died = end_of(fork(worker)), time.monotonic()
-        late.append(died[1] - float(os.read(ready, 100)))
+        end_of(fork(worker)), late.append(time.monotonic() - float(os.read(ready, 100)))
     print(min(late) < 0.1)
 """)
 def test_a_short_limit_inside_a_long_one_is_kept_each_time(result: Result) -> None:
@@ -1058,8 +1057,7 @@ def test_what_is_left_of_a_lost_scoreboard_kills_nobody(result: Result) -> None:
         try: call(0)
         except KeyboardInterrupt: fcntl.lockf = lockf
     for _ in range(60): call(0.01)
-    assert fcntl.lockf is lockf, "not interrupted"
-    hang()
+    fcntl.lockf is lockf and hang()  # else it was not interrupted
 """)
 def test_an_interrupt_while_a_lost_scoreboard_is_replaced_leaves_no_call_unguarded(step: int, result: Result) -> None:
     assert result.status == -signal.SIGABRT
@@ -1068,11 +1066,12 @@ def test_an_interrupt_while_a_lost_scoreboard_is_replaced_leaves_no_call_unguard
 @linux_only
 @runs("""
     import resource
-    (call := watchdog_expires(after=0.5)(time.sleep))(0)
-    os.closerange(3, 1000), resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
+    call, board, mine = watchdog_expires(after=0.5)(time.sleep), Scoreboard(), []
+    call(0), os.closerange(3, 1000), resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
     with contextlib.suppress(OSError):
-        while True: os.open("mine", os.O_RDWR | os.O_CREAT)
-    time.sleep(1.1)
+        while True: mine.append(os.open("mine", os.O_RDWR | os.O_CREAT))
+    del board
+    gc.collect(), time.sleep(1.1), [os.fstat(number) for number in mine]  # its end has closed none of them
     for _ in range(3):
         try: call(0)
         except OSError as error: print(error.errno == 24, os.stat("mine").st_size)
@@ -1277,7 +1276,6 @@ watchdog_expires(5, scope='ü' * 101)                               ValueError  
 configure({'text', lt.LocalTimerClient})                           TypeError     TimerClient
 configure(None) or call()                                          RuntimeError  configure(client)
 configure(None) or watchdog_expires(5).__enter__()                 RuntimeError  start_watchdog()
-acquire(3, 5.0)                                                    TypeError     a scope must be a str
 acquire('x' * 201, 5.0)                                            ValueError    200 bytes
 acquire('a', {time.time(), time.time() + 30, -1.0, math.nan})      ValueError    time.monotonic()
 acquire('a', {time.time(), math.inf}, multiprocessing.Queue)      ValueError    time.monotonic()
@@ -1288,7 +1286,6 @@ lt.LocalTimerServer(grace={-1, math.nan, math.inf, '1', None})     ValueError   
 lt.LocalTimerServer(signum={0, -9, 999, '9'})                      ValueError    signum
 lt.start_watchdog(signal.SIGINT)                                   TypeError     signum=
 lt.start_watchdog(signum=0)                                        ValueError    signum
-lt.start_watchdog(grace=-1)                                        ValueError    grace
 """
 
 
