@@ -282,7 +282,7 @@ class Scoreboard(RequestQueue):
                 self._rows = {}
                 for slot in itertools.chain(*rows.values()):
                     slot.cell = [slot.cell[0]]  # out of a row that may be another process's soon
-                for slots in rows.values():
+                for slots in list(rows.values()):
                     self._claim(slots)
             except BaseException:
                 self._rows = rows
@@ -327,6 +327,8 @@ class Scoreboard(RequestQueue):
 
     def __reduce__(self) -> tuple[Any, ...]:
         assert_spawning(self)
+        if not self._is_ours():
+            self._lost()
         return self._unpickle, (self._settings, *map(reduction.DupFd, self._descriptors))
 
     @classmethod
@@ -385,7 +387,8 @@ class Scoreboard(RequestQueue):
             return []
         for number, slot in enumerate(slots, row * _ROW):
             slot.move_to(number)
-        self._lock(1 + _ROWS + row)
+        if not self._lock(1 + _ROWS + row):  # one that was forked just now was faster, and has it
+            return []
         self._table[_USED + row] = 1
         rows[row] = slots
         return slots
@@ -926,9 +929,9 @@ class LocalTimerServer(TimerServer):
 
     def _wake(self) -> None:
         with contextlib.suppress(Exception):  # if the queue is full there is no wait; if it is closed, no server
-            if self._board is not None:
-                self._board._poke(time.monotonic(), 0.0)
-            else:
+            if self._board is not None and self._board._is_ours():
+                os.write(self._board._writer, struct.pack("dd", time.monotonic(), 0.0))
+            elif self._board is None:
                 self._mp_queue.put(TimerRequest(os.getpid(), "", -1.0), False)
 
 
@@ -1217,13 +1220,17 @@ class _WatchedScoreboard(Scoreboard):
                 self._failed = self._failed or os.waitstatus_to_exitcode(status) > 0
             _Process.starters.discard(child)
         if self._holder(0) is not None:
+            self._failed = False
             return False
         now = time.monotonic()
-        if now - last < 1.0:
-            if self._failed:
-                raise RuntimeError(f"the watchdog process ends when it has just been started: {_WAY_OUT}")
-            return False
-        self._failed = False
+        if now - last >= 1.0:  # else one is about to serve
+            self._spawn(first or now, now)
+        if self._failed:
+            raise RuntimeError(f"the watchdog process ends when it has just been started: {_WAY_OUT}")
+        return bool(now - last >= 1.0)
+
+    def _spawn(self, first: float, now: float) -> None:
+        before = tuple(self._starting)
         python, settings = sys.executable or "", [str(int(self._settings[0])), str(float(self._settings[1]))]
         command = [python, "-IS", "-OO", _THIS_FILE, "--watchdog", *settings]
         # Who waits for the end of the program's output must not wait for the watchdog: its stdout is our file.
@@ -1231,15 +1238,14 @@ class _WatchedScoreboard(Scoreboard):
         try:
             if not python or getattr(sys, "frozen", False) or sys.is_finalizing() or not os.path.isfile(_THIS_FILE):
                 raise OSError(errno.ENOENT, "no interpreter or no such file now")
-            self._starting[0], self._starting[1] = first or now, now
+            self._starting[0], self._starting[1] = first, now
             pid = os.posix_spawn(python, command, os.environ, file_actions=files, setsigmask=_SHIELDED)
             _Process.starters.add(pid)
         except OSError as error:
-            self._starting[0], self._starting[1] = first, last
+            self._starting[0], self._starting[1] = before
             if error.errno is None:
                 raise  # it comes from a signal handler
             raise RuntimeError(f"can't start {python!r} on {_THIS_FILE!r} ({error}): {_WAY_OUT}") from error
-        return True
 
 
 class _Stderr:
@@ -1307,9 +1313,7 @@ def _demo() -> int:
         if case:
             good = status == (0 if case in healthy else -signal.SIGABRT)
             failures += not good
-            end = (
-                f"died of {signal.Signals(-status).name}, {late:.1f} ms late" if status < 0 else f"ended with {status}"
-            )
+            end = f"died of {signal.Signals(-status).name}, {late:.1f} ms late" if status < 0 else f"returned {status}"
             print(f"{'ok  ' if good else 'FAIL'}  {case:30} {end}", flush=True)
     return 1 if failures else 0
 

@@ -1006,6 +1006,26 @@ def test_closing_all_descriptors_dirties_no_file_and_is_told_or_harmless(guard: 
 
 
 @linux_only
+@runs("""
+    def daemon():
+        os.closerange(3, 1000)
+        mine = [os.open("mine", os.O_RDWR | os.O_CREAT) for _ in range(9)]
+        os.truncate("mine", 1 << 27), time.sleep(1.1)
+        worker = multiprocessing.get_context("spawn").Process(target=hang, args=(0.5,), daemon=False)
+        passed = multiprocessing.get_context("spawn").Process(target=configure, args=(start_watchdog(),))
+        for process in worker, passed: process.start()
+        for process in worker, passed: process.join(), print(process.exitcode)
+        with open("mine", "rb") as file: print(any(file.read()), all(map(os.get_blocking, mine)))
+
+    if __name__ == "__main__":
+        watchdog_expires(after=5)(len)("")
+        print(end_of(fork(daemon)))
+""")
+def test_a_daemon_that_closed_all_can_hand_its_client_to_a_spawned_process(result: Result) -> None:
+    assert result[:2] == (0, "-6\n0\nFalse True\n0\n")
+
+
+@linux_only
 @pytest.mark.parametrize("way", ["acquire", "scope", "reset", "call"])
 @runs("""
     client, way, other = start_watchdog(), sys.argv[1], fork(watchdog_expires(after=60)(time.sleep), 9)
@@ -1400,14 +1420,15 @@ def test_where_no_interpreter_can_be_started_an_error_names_the_way_out(line: st
     import vendored
     with open("vendored.py", "w") as file: file.write("raise SystemExit(3)")
     call = vendored.watchdog_expires(after=5)(time.monotonic)
-    try: wait_until(lambda: call() < 0)
-    except RuntimeError as error: print(error)
-    shutil.copy(local_timer.__file__, "vendored.py"), time.sleep(1)
-    call(), time.sleep(0.5), call()
+    call(), time.sleep(1.2)
+    for pause in 1.5, 0.5, 0:
+        try: call()
+        except RuntimeError as error: print(error)
+        shutil.copy(local_timer.__file__, "vendored.py"), time.sleep(pause)
     vendored.watchdog_expires(after=0.3)(time.sleep)(FOREVER)
 """)
 def test_a_watchdog_that_can_not_start_is_told_by_the_next_call_and_tried_again(result: Result) -> None:
-    assert result.status == -signal.SIGABRT and "LocalTimerServer" in result.output
+    assert result.status == -signal.SIGABRT and 1 <= result.output.count("LocalTimerServer") <= 2
 
 
 @runs("""
