@@ -69,6 +69,12 @@ _HEARTBEAT = 0.25  # seconds: the longest sleep while a timer runs, or else a st
 _WALL_CLOCK = 1e9  # time.time() passed it in 2001; time.monotonic() gets there after 31 years of uptime
 
 
+class _Clock:
+    """The clock of all deadlines, kept where tools that freeze the time of a test (freezegun) don't replace it."""
+
+    now = staticmethod(time.monotonic)
+
+
 # ---------------------------------------------------------------------------------------------------------- request
 class TimerRequest:
     """One acquisition of a timer or, with a negative `expiration_time`, its release: the pid of the worker, the name of
@@ -123,10 +129,10 @@ class MultiprocessingRequestQueue(RequestQueue):
         from queue import Empty
 
         requests, self._taken_out = self._taken_out[:size], self._taken_out[size:]
-        deadline = time.monotonic() + timeout
+        deadline = _Clock.now() + timeout
         with contextlib.suppress(Empty):
             while len(requests) < size:
-                requests.append(self._mp_queue.get(True, max(0.0, deadline - time.monotonic())))
+                requests.append(self._mp_queue.get(True, max(0.0, deadline - _Clock.now())))
         return requests
 
 
@@ -191,7 +197,7 @@ class _Slot:
     def start(self, record: bytes, after: float) -> None:
         if self.record is not record:
             self.describe(record)
-        now = time.monotonic()
+        now = _Clock.now()
         self.cell[0] = deadline = now + after
         if not (
             now <= self.look[0] <= deadline and now < self.board._check_again_at
@@ -418,7 +424,7 @@ class Scoreboard(RequestQueue):
         if now <= look <= deadline:
             return
         with contextlib.suppress(BlockingIOError):  # full of pokes
-            os.write(self._writer, struct.pack("dd", time.monotonic(), deadline))
+            os.write(self._writer, struct.pack("dd", _Clock.now(), deadline))
         self._check_server()
         if look != known:
             since = now
@@ -434,7 +440,7 @@ class Scoreboard(RequestQueue):
         if self._serving or not self._lock(0):
             raise RuntimeError("another timer server serves this scoreboard already")
         self._serving = True
-        return float(self._starting[0]) or time.monotonic()
+        return float(self._starting[0]) or _Clock.now()
 
     def _unserve(self) -> None:
         self._serving = False
@@ -447,12 +453,12 @@ class Scoreboard(RequestQueue):
 
     def get(self, size: int, timeout: float) -> list[TimerRequest]:
         """Wait for a poke, no longer than `timeout` seconds, and return []."""
-        end = time.monotonic() + timeout
+        end = _Clock.now() + timeout
         poller = select.poll()
         poller.register(self._reader, select.POLLIN)
         self._poked = self._poked_for = _NEVER
         if not poller.poll(int(1000 * min(timeout, 1e6))):
-            time.sleep(max(0.0, min(end - time.monotonic(), 0.001)))  # poll() counts in whole milliseconds
+            time.sleep(max(0.0, min(end - _Clock.now(), 0.001)))  # poll() counts in whole milliseconds
             return []
         pokes = os.read(self._reader, 65536) if self._is_ours() else b""  # all of them: a pipe holds no more
         if not pokes:
@@ -553,7 +559,7 @@ class LocalTimerClient(TimerClient):
         `expiration_time` is in seconds on `time.monotonic()`; a `ValueError` says so where it can't be. Raises
         `BrokenPipeError` if no server serves the scoreboard, `RuntimeError` if that is full.
         """
-        now = time.monotonic()
+        now = _Clock.now()
         if not 0 <= expiration_time < _WALL_CLOCK:
             hint = ", a value of time.time()" if _WALL_CLOCK <= expiration_time < 1e10 else ""
             raise ValueError(f"expiration_time must be like time.monotonic() + 30, not {expiration_time!r}{hint}")
@@ -574,7 +580,7 @@ class LocalTimerClient(TimerClient):
                         new.give_back()
                 slot.describe(record)
                 stored = _store_all(board._find(scope), deadline)
-            board._poke(time.monotonic(), deadline)
+            board._poke(_Clock.now(), deadline)
         except BaseException:
             self.release(scope_id)
             raise
@@ -612,7 +618,7 @@ class _ClientTimer:
             self._client.release(self._scope)
 
     def start(self, record: bytes, after: float) -> None:
-        self[0] = time.monotonic() + after
+        self[0] = _Clock.now() + after
 
     def give_back(self) -> None: ...
 
@@ -661,12 +667,12 @@ class TimerServer(abc.ABC):
 
     def _run_watchdog(self) -> None:
         """Run one turn of the loop."""
-        start = time.monotonic()
+        start = _Clock.now()
         size = self._request_queue.size()
         until = min(self._wake_at(start, size), start + self._max_interval)
-        requests = self._request_queue.get(max(1, size), max(0.0, until - time.monotonic()))
+        requests = self._request_queue.get(max(1, size), max(0.0, until - _Clock.now()))
         # Judge by a moment before which every request has been read: behind one that came, a release may wait.
-        known = start if requests else min(until, time.monotonic())
+        known = start if requests else min(until, _Clock.now())
         self.register_timers(requests)
         reaped = set()
         for worker_id in self.get_expired_timers(known):
@@ -785,7 +791,7 @@ class LocalTimerServer(TimerServer):
         return LocalTimerClient(self._mp_queue)
 
     def _begin(self) -> None:
-        self._awake_by = time.monotonic() if self._board is None else self._board._serve()
+        self._awake_by = _Clock.now() if self._board is None else self._board._serve()
         self._later.clear()
 
     def _end(self) -> None:
@@ -811,7 +817,7 @@ class LocalTimerServer(TimerServer):
     def clear_timers(self, worker_ids: set[Any]) -> None:
         self._requests = {key: request for key, request in self._requests.items() if key[0] not in worker_ids}
         if worker_ids and self._board is not None:  # who is dying has its timers still, for a moment
-            for timer, request in self._board._ask(self._due(time.monotonic() + 1.0)[0]):
+            for timer, request in self._board._ask(self._due(_Clock.now() + 1.0)[0]):
                 if request is not None and request.worker_id in worker_ids:
                     self._later[timer] = _NEVER, signal.SIGKILL
 
@@ -872,7 +878,7 @@ class LocalTimerServer(TimerServer):
     def _forgive(self) -> None:
         """Move all deadlines by the time in which the server, and probably the workers too, did not run; but none by
         more than the time for which its timer has been running."""
-        now = time.monotonic()
+        now = _Clock.now()
         if self._awake_by == _NEVER and self._board is not None:  # it slept until poked
             self._awake_by = min(self._board._poked, now)
         stalled, self._awake_by = now - self._awake_by, now
@@ -901,7 +907,7 @@ class LocalTimerServer(TimerServer):
         asked = self._ask(self._expired.get(pid, []))
         found = [(timer, request) for timer, request in asked if request and request.worker_id == pid]
         kill = any(self._act_on(timer)[1] == signal.SIGKILL for timer, _ in found)
-        signum, now = signal.SIGKILL if kill else self._signum, time.monotonic()
+        signum, now = signal.SIGKILL if kill else self._signum, _Clock.now()
         if not found:
             return False
         try:
@@ -930,7 +936,7 @@ class LocalTimerServer(TimerServer):
     def _wake(self) -> None:
         with contextlib.suppress(Exception):  # if the queue is full there is no wait; if it is closed, no server
             if self._board is not None and self._board._is_ours():
-                os.write(self._board._writer, struct.pack("dd", time.monotonic(), 0.0))
+                os.write(self._board._writer, struct.pack("dd", _Clock.now(), 0.0))
             elif self._board is None:
                 self._mp_queue.put(TimerRequest(os.getpid(), "", -1.0), False)
 
@@ -1047,7 +1053,7 @@ class watchdog_expires:
             raise
         return self
 
-    def _leave(self, *exc_info: object) -> None:
+    def _leave(self, kind: object = None, error: object = None, traceback: object = None) -> None:
         held = self._held
         if held:
             held[0].cell[0] = _NEVER
@@ -1069,7 +1075,7 @@ class watchdog_expires:
         after = self._site[0]
         if after is None:
             return
-        slot, now = next(iter(self._held), None), time.monotonic()
+        slot, now = next(iter(self._held), None), _Clock.now()
         if slot is None:
             raise RuntimeError("reset() works inside its block only: `with watchdog_expires(...) as timer:`")
         if _store_all(self._held, now + after) and isinstance(slot, _Slot):
@@ -1222,7 +1228,7 @@ class _WatchedScoreboard(Scoreboard):
         if self._holder(0) is not None:
             self._failed = False
             return False
-        now = time.monotonic()
+        now = _Clock.now()
         if now - last >= 1.0:  # else one is about to serve
             self._spawn(first or now, now)
         if self._failed:

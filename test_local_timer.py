@@ -612,6 +612,7 @@ def test_an_interrupt_at_any_instant_leaves_no_timer_behind_and_is_not_swallowed
 
 
 @runs("""
+    import helpers, importlib
     def beat():
         while not done.is_set():
             with contextlib.suppress(RuntimeError, IndexError): random.choice(ended).reset()
@@ -619,12 +620,15 @@ def test_an_interrupt_at_any_instant_leaves_no_timer_behind_and_is_not_swallowed
     def slowly():  # the other thread is overtaken in the midst of its reset
         threading.current_thread() in beating and time.sleep(1e-5)
         return monotonic()
+    beating, monotonic, time.monotonic = [], time.monotonic, slowly
+    importlib.reload(local_timer)
+    vars(helpers).update((name, vars(local_timer)[name]) for name in local_timer.__all__)
+    from helpers import *
     class Slow(LocalTimerClient):
         def acquire(self, *of): slowly(), super().acquire(*of)
 
-    board, ended, done, moved, monotonic = serve()[0], collections.deque(maxlen=2), threading.Event(), 0, time.monotonic
-    beating = in_threads(beat)
-    time.monotonic, slow = slowly, Slow(board)
+    board, ended, done, moved = serve()[0], collections.deque(maxlen=2), threading.Event(), 0
+    beating, slow = in_threads(beat), Slow(board)
     sys.setswitchinterval(1e-6)
     for number in range(20000 if FULL else 5000):
         with watchdog_expires(1000, *[(), (f"{number}",), (f"{number}", slow)][number % 3]) as timer:
@@ -637,6 +641,15 @@ def test_an_interrupt_at_any_instant_leaves_no_timer_behind_and_is_not_swallowed
 """)
 def test_a_late_reset_from_another_thread_revives_nothing_and_moves_no_other_timer(result: Result) -> None:
     assert result[:2] == (0, "0 []\n")
+
+
+@runs("""
+    time.monotonic = time.time = lambda: 1e9 + 7  # as freezegun does it
+    with watchdog_expires(after=30): time.sleep(0.3)
+    hang()
+""")
+def test_a_test_that_freezes_the_time_is_guarded(result: Result) -> None:
+    assert result.status == -signal.SIGABRT and "limit 0.3 s" in result.errors
 
 
 @runs("""
