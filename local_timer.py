@@ -636,7 +636,8 @@ class TimerServer(abc.ABC):
             raise ValueError(f"max_interval must be a positive number of seconds, not {max_interval!r}")
         self._request_queue, self._max_interval, self._daemon = request_queue, max_interval, daemon
         self._watchdog_thread: threading.Thread | None = None
-        self._loop: tuple[int, threading.Event] | None = None  # of the running loop, the process and what ends it
+        # Of the running loop: its process, what tells it to end, what tells that it has.
+        self._loop: tuple[int, threading.Event, threading.Event] | None = None
 
     @abc.abstractmethod
     def register_timers(self, timer_requests: list[TimerRequest]) -> None:
@@ -657,7 +658,9 @@ class TimerServer(abc.ABC):
     def _begin(self) -> None: ...
 
     def _end(self) -> None:
-        self._loop = None
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop[2].set()
 
     def _wake(self) -> None: ...
 
@@ -698,15 +701,18 @@ class TimerServer(abc.ABC):
             self._end()
 
     def _enter_loop(self) -> threading.Event | None:
+        loop = self._loop
+        if loop is not None and loop[0] == os.getpid() and loop[1].is_set():
+            loop[2].wait(min(self._max_interval + 1.0, threading.TIMEOUT_MAX))  # as stop() does, but for its thread
         with _Process.lock:
             if self._loop is not None and self._loop[0] == os.getpid():  # a forked child has the object, not the loop
                 return None
             self._begin()
-            self._loop = os.getpid(), threading.Event()
+            self._loop = os.getpid(), threading.Event(), threading.Event()
             return self._loop[1]
 
     def run(self) -> None:
-        """Run the loop in the calling thread until `stop()`, or until nobody is left who could acquire a timer.
+        """Run the loop in the calling thread until `stop()`. (A watchdog process ends with the last that it guards.)
 
         Raises `RuntimeError` if this server runs already, or another one serves its scoreboard.
         """
@@ -795,9 +801,9 @@ class LocalTimerServer(TimerServer):
         self._later.clear()
 
     def _end(self) -> None:
-        super()._end()
         if self._board is not None:
             self._board._unserve()
+        super()._end()
 
     def register_timers(self, timer_requests: list[TimerRequest]) -> None:
         for request in timer_requests:
@@ -1185,7 +1191,7 @@ class _WatchedScoreboard(Scoreboard):
 
     def _ensure_stack(self) -> None:
         custom = callable(signal.getsignal(signal.SIGABRT))  # which makes it a soft limit
-        if custom or self._settings[0] != signal.SIGABRT or sys.__stderr__ is None or sys.__stderr__.closed:
+        if custom or self._settings[0] != signal.SIGABRT:
             return
         if _identity(2) is None or not os.get_inheritable(2):  # a file that the program has opened is no stderr
             return
@@ -1200,7 +1206,7 @@ class _WatchedScoreboard(Scoreboard):
                 raise  # it comes from a signal handler
         if not enabled:
             faulthandler.disable()
-            faulthandler.enable(sys.__stderr__)
+            faulthandler.enable(2)  # not sys.stderr, which the program may have detached
 
     def _lost(self) -> None:
         with _Process.lock:

@@ -317,8 +317,9 @@ def test_a_turn_asks_the_queue_once_clears_whom_it_reaped_and_survives_any_excep
         server.start()
         assert end_of(late) == -9
         server.stop()
-    in_threads(lambda: (end_of(fork(hang, 0.2)), server.stop()))
-    server.run()
+    again = in_threads(lambda: (end_of(fork(hang, 0.2)), server.stop(), server.start()))[0]
+    server.run(), again.join()
+    assert end_of(fork(hang, 0.2)) == -9 and not server.stop()
     forked = fork_context.Process(target=server.run)
     forked.start()
     print("run() is over", end_of(fork(hang, 0.2)))
@@ -1611,7 +1612,10 @@ def test_a_program_without_dev_and_proc_is_guarded(result: Result) -> None:
     assert result.status == -signal.SIGABRT and "in hold_the_gil" in result.errors
 
 
-@pytest.mark.parametrize("where", ["in the program", "in a forked child", "after start_watchdog", "nowhere"])
+WHERE = ["in the program", "in a forked child", "after start_watchdog", "nowhere, but stderr is detached"]
+
+
+@pytest.mark.parametrize("where", WHERE)
 @runs("""  #! env PYTHONFAULTHANDLER=1
     @watchdog_expires(after=0.3)
     def step(): hold_the_gil()
@@ -1621,6 +1625,7 @@ def test_a_program_without_dev_and_proc_is_guarded(result: Result) -> None:
 
     where, call = sys.argv[1], watchdog_expires(after=30)(time.sleep)
     if where == "in the program": signal.signal(signal.SIGABRT, signal.SIG_DFL)
+    if "detached" in where: sys.stderr = open(sys.stderr.detach().fileno(), "w", closefd=False)
     if where == "in a forked child": call(0)
     if where == "after start_watchdog": start_watchdog()
     print(end_of(fork(work)))
