@@ -95,9 +95,9 @@ def counts(pid):  # how often it has gone to sleep, its CPU time in seconds, its
         now = dict(line.split(":", 1) for line in status)
         return int(now["voluntary_ctxt_switches"]), int(cpu.read().split()[0]) / 1e9, int(now["VmHWM"].split()[0])
 
-def acquire(client, after, name="named"):  # returns whether a server is there
+def acquire(client, after, name="named", clock=time.monotonic):  # returns whether a server is there
     with contextlib.suppress(BrokenPipeError):
-        client.acquire(name, time.monotonic() + after)
+        client.acquire(name, clock() + after)
         return True
 
 def serve():  # configures a client of a scoreboard that another process serves
@@ -496,7 +496,7 @@ def test_no_hang_is_missed_and_none_killed_early(method: str, guard: str, result
 
     cases = [value for name, value in list(globals().items()) if getattr(value, "__module__", "") == "__main__"][2:]
     time.time = itertools.cycle([0.0, 4e9, -1e9, 1e9 + 7, time.monotonic()]).__next__  # the wall clock moves nothing
-    client = serve()[2]
+    client, time.monotonic = serve()[2], lambda: 1e9 + 7  # nor does a clock that was frozen, as freezegun does it
     cases = {fork(lambda: (case(), time.sleep(2))): case.__name__ for case in cases}
     ends = {name: end_of(pid, 9) for pid, name in cases.items()}
     print(len(cases), {name: code for name, code in ends.items() if code != -9})
@@ -642,15 +642,6 @@ def test_an_interrupt_at_any_instant_leaves_no_timer_behind_and_is_not_swallowed
 """)
 def test_a_late_reset_from_another_thread_revives_nothing_and_moves_no_other_timer(result: Result) -> None:
     assert result[:2] == (0, "0 []\n")
-
-
-@runs("""
-    time.monotonic = time.time = lambda: 1e9 + 7  # as freezegun does it
-    with watchdog_expires(after=30): time.sleep(0.3)
-    hang()
-""")
-def test_a_test_that_freezes_the_time_is_guarded(result: Result) -> None:
-    assert result.status == -signal.SIGABRT and "limit 0.3 s" in result.errors
 
 
 @runs("""
@@ -803,7 +794,7 @@ def test_dead_workers_and_a_server_that_was_stopped_harm_no_one_and_cost_nothing
         os.write(1, b"out of the block\\n"), hang()
 
     programs, (ready, go) = [], os.pipe()
-    for pause in 0.005, 0.03, 0.06, 0.3, 1.005, 1.03, 1.3, 2.1:
+    for pause in 0.005, 0.03, 0.06, 0.3, 1.005, 1.03, 1.3, 2.7:
         programs.append(fork(program, int(pause)))
         os.read(ready, 1), time.sleep(pause), os.killpg(programs[-1], signal.SIGSTOP)
     time.sleep(5 if FULL else 3)
@@ -931,26 +922,20 @@ def test_whatever_a_worker_writes_a_root_server_kills_no_bystander(result: Resul
     assert result[:2] == (0, "-9\n" * 6 + "None True (0, 0)\n")
 
 
-@linux_only
 @runs("""
     import resource
-    with LocalTimerServer() as server:
-        hung = fork(lambda: (server.client().acquire("hung", time.monotonic() + 0.5), time.sleep(FOREVER)))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-        print(end_of(hung))
+    for lacking in (), (3, 3), ("memfd_create", "pidfd_open", "pidfd_send_signal"):
+        for module, name in itertools.product((os, signal), map(str, lacking)):
+            if hasattr(module, name): delattr(module, name)
+        with LocalTimerServer() as server:
+            hung = fork(lambda: (acquire(server.client(), 0.5), time.sleep(FOREVER)))
+            before = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if 3 in lacking: resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+            print(end_of(hung), resource.setrlimit(resource.RLIMIT_NOFILE, before))
+    hang()
 """)
-def test_a_server_out_of_descriptors_kills(result: Result) -> None:
-    assert result[:2] == (0, "-9\n")
-
-
-@runs("""
-    for module, name in (os, "memfd_create"), (os, "pidfd_open"), (signal, "pidfd_send_signal"):
-        if hasattr(module, name): delattr(module, name)
-    with LocalTimerServer() as server:
-        print(end_of(fork(lambda: (acquire(server.client(), 0.3), time.sleep(FOREVER)))), end_of(fork(hang)))
-""")
-def test_an_interpreter_that_was_built_for_an_old_system_will_do(result: Result) -> None:
-    assert result[:2] == (0, "-9 -6\n")
+def test_a_server_without_descriptors_and_an_interpreter_for_an_old_system_kill(result: Result) -> None:
+    assert result[:2] == (-signal.SIGABRT, "-9 None\n" * 3)
 
 
 @linux_only
@@ -981,9 +966,10 @@ def test_a_worker_that_dies_amid_its_first_call_keeps_no_server_awake(result: Re
             time.sleep(0.06), short(0), time.sleep(0.009), os.write(go, repr(time.monotonic()).encode()), short(FOREVER)
 
     short, server, (ready, go), late = watchdog_expires(after=0.005)(time.sleep), LocalTimerServer(), os.pipe(), []
-    server.start()
-    for _ in range(5):
-        end_of(fork(worker)), late.append(time.monotonic() - float(os.read(ready, 100)))
+    server.start(), os.set_blocking(ready, False)
+    while len(late) < 3:  # of those that were not killed before on a loaded machine
+        end_of(fork(worker))
+        with contextlib.suppress(BlockingIOError): late.append(time.monotonic() - float(os.read(ready, 100)))
     print(min(late) < 0.1)
 """)
 def test_a_short_limit_inside_a_long_one_is_kept_each_time(result: Result) -> None:
