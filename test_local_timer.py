@@ -1420,15 +1420,15 @@ def test_where_no_interpreter_can_be_started_an_error_names_the_way_out(line: st
     import vendored
     with open("vendored.py", "w") as file: file.write("raise SystemExit(3)")
     call = vendored.watchdog_expires(after=5)(time.monotonic)
-    call(), time.sleep(1.2)
-    for pause in 1.5, 0.5, 0:
+    for pause in 1.2, 1.5, 0.5, 0:
         try: call()
         except RuntimeError as error: print(error)
-        shutil.copy(local_timer.__file__, "vendored.py"), time.sleep(pause)
+        if pause == 1.5: shutil.copy(local_timer.__file__, "vendored.py")
+        time.sleep(pause)
     vendored.watchdog_expires(after=0.3)(time.sleep)(FOREVER)
 """)
 def test_a_watchdog_that_can_not_start_is_told_by_the_next_call_and_tried_again(result: Result) -> None:
-    assert result.status == -signal.SIGABRT and 1 <= result.output.count("LocalTimerServer") <= 2
+    assert result.status == -signal.SIGABRT and "LocalTimerServer" in result.output
 
 
 @runs("""
