@@ -171,7 +171,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         os.killpg(process.pid, signal.SIGKILL)
         return Result(process.wait() and 255, "", "it was still running after a minute")
 
-    with ThreadPoolExecutor(10) as pool:
+    with ThreadPoolExecutor(9) as pool:
         futures: dict[str, Future[Result]] = {}
         tests: list[Any] = [test for test in request.session.items if "result" in getattr(test, "fixturenames", ())]
         for test in sorted(tests, key=lambda test: "takes" not in PROGRAMS[test.originalname][0]):
@@ -789,7 +789,7 @@ def test_dead_workers_and_a_server_that_was_stopped_harm_no_one_and_cost_nothing
         if number: start_watchdog(signum=signal.SIGKILL)
         time.sleep(number)  # it is stopped right at the first call, or well after it, or the watchdog before it
         if number == 2: [os.kill(pid, signal.SIGSTOP) for pid in watchdogs() if os.getpgid(pid) == os.getpgid(0)]
-        with watchdog_expires(after=2):
+        with watchdog_expires(after=3):
             for _ in range(13): time.sleep(0.1)
         os.write(1, b"out of the block\\n"), hang()
 
