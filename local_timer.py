@@ -314,7 +314,7 @@ class Scoreboard(RequestQueue):
         self._rows, self._free, self._scopes = {}, [], {}
         self._candidates = itertools.count()  # for a row: each thread tries other ones
         self._check_again_at = 0.0
-        self._serving = False
+        self._serving = self._opening = False
 
     def _close(self) -> None:
         for descriptor, identity in self._descriptors.items():
@@ -729,7 +729,10 @@ class TimerServer(abc.ABC):
             try:
                 self._watchdog_thread.start()
             except BaseException:
-                self._end()
+                stop.set()
+                self._wake()
+                if self._watchdog_thread.ident is None:  # it has not begun
+                    self._end()
                 raise
 
     def stop(self) -> None:
@@ -893,8 +896,9 @@ class LocalTimerServer(TimerServer):
             logger.warning("local_timer: the watchdog did not run for %.1f s: all deadlines move by that", stalled)
         for timer in running:
             when, signum = self._act_on(timer)
-            seen = stalled if self._board is None else min(stalled, now - timer[1] + self._board._limit(timer[0]))
-            self._later[timer] = when + seen + _HEARTBEAT, signum  # it may have begun anywhere in the sleep
+            running_for = now - timer[1] + self._board._limit(timer[0]) if self._board else stalled
+            moved = max(0.0, min(stalled, running_for)) + _HEARTBEAT  # it may have begun anywhere in the sleep
+            self._later[timer] = when + moved, signum
 
     def _reap_worker(self, worker_id: int) -> bool:
         try:
@@ -1210,9 +1214,15 @@ class _WatchedScoreboard(Scoreboard):
 
     def _lost(self) -> None:
         with _Process.lock:
+            if self._opening:
+                raise BrokenPipeError("a signal handler has made a guarded call while the scoreboard was opened anew")
             if not self._is_ours():  # else another thread was faster
-                self._kept.append(self._table)  # a map has a descriptor of its own, which it would close
-                self._open(self._made())
+                self._opening = True
+                try:
+                    self._kept.append(self._table)  # a map has a descriptor of its own, which it would close
+                    self._open(self._made())
+                finally:
+                    self._opening = False
 
     def _check_server(self) -> None:
         with _Process.lock:
@@ -1235,11 +1245,12 @@ class _WatchedScoreboard(Scoreboard):
             self._failed = False
             return False
         now = _Clock.now()
-        if now - last >= 1.0:  # else one is about to serve
+        due = bool(now - last >= 1.0)  # else one is about to serve
+        if due:
             self._spawn(first or now, now)
-        if self._failed:
+        if self._failed or due and last - first > 10.0:  # of those that start for so long we may not see the status
             raise RuntimeError(f"the watchdog process ends when it has just been started: {_WAY_OUT}")
-        return bool(now - last >= 1.0)
+        return due
 
     def _spawn(self, first: float, now: float) -> None:
         before = tuple(self._starting)
