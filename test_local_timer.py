@@ -1038,9 +1038,7 @@ def test_a_daemon_that_closed_all_can_hand_its_client_to_a_spawned_process(resul
                 if way == "acquire": client.acquire("named", time.monotonic() + 9)
                 (watchdog_expires(after=9)(time.sleep) if way == "call" else time.sleep)(seconds)
 """)
-def test_lost_descriptors_are_noticed_within_a_second_of_any_use_and_running_timers_kept(
-    way: str, result: Result
-) -> None:
+def test_lost_descriptors_are_noticed_within_a_second_and_running_timers_kept(way: str, result: Result) -> None:
     assert result.status == -signal.SIGABRT
     assert "SIGABRT for pid" in result.errors and "train (train.py:4, limit 1.5 s) is still running" in result.errors
 
@@ -1140,9 +1138,7 @@ def test_the_deadline_of_a_dead_worker_delays_nobody(result: Result) -> None:
         configure(server.client() if guard == "server" else None)
         print(end_of(fork(program)), time.monotonic() - begin > 0.7)
 """)
-def test_an_expired_timer_gets_its_signal_once_and_sigkill_after_the_grace(
-    way: str, guard: str, result: Result
-) -> None:
+def test_an_expired_timer_gets_its_signal_once_then_sigkill_in_the_end(way: str, guard: str, result: Result) -> None:
     killed = way == "a handler swallows"
     assert result.errors.count("SIGKILL for pid") == killed and result.errors.count("for pid") > killed
     raises = ("signal\n" * (way != "SIGINT raises") + "unwound\n") * 2
@@ -1205,10 +1201,8 @@ def test_the_line_says_which_call_was_running_for_how_long_and_against_which_lim
     assert result.output == "-9\n-9\n-9\n"
     lines = [line for line in result.errors.splitlines() if "SIGKILL for pid" in line]
     assert len(lines) == 3  # one a kill, also where two timers of a worker expire at nearly the same time
-    for line, name in zip(lines, ("größe.*(distributed_training_loop.py:1", "größe.*(dis.*.py:4", r"load (train.py:3")):
-        assert re.search(
-            rf"{name}, limit 0.25 s) is still running after [0-9.]+ s".replace("(", r"\(").replace(")", r"\)"), line
-        )
+    for line, name in zip(lines, ("größe.*.distributed_training_loop.py:1", "größe.*.dis.*.py:4", "load .train.py:3")):
+        assert re.search(rf"{name}, limit 0.25 s\) is still running after [0-9.]+ s", line)
 
 
 @runs("""
@@ -1332,15 +1326,6 @@ def test_a_system_that_it_can_not_run_on_is_named_at_the_import(line: str) -> No
     command = [sys.executable, "-c", f"import os, sys; {line}\nimport local_timer"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE)
     assert "ImportError" in ended.stderr and line.partition("# ")[2] in ended.stderr
-
-
-def test_only_the_standard_library_is_imported_and_python_3_8_can_read_the_file() -> None:
-    tree = ast.parse((HERE / "local_timer.py").read_text(encoding="utf-8"), feature_version=(3, 8))
-    tree.body = [node for node in tree.body if not isinstance(node, ast.If) or "typing" not in ast.unparse(node)]
-    modules = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    if sys.version_info >= (3, 10):
-        assert {module.partition(".")[0] for module in modules} <= sys.stdlib_module_names
 
 
 # --------------------------------------------------------------------------------------------- the watchdog process
@@ -1495,19 +1480,12 @@ def test_start_watchdog_again_replaces_nothing_that_works(result: Result) -> Non
     mine = wait_until(watchdogs)
     print(end_of(fork(call, FOREVER)), end_of(fork(call, 0)))
     print(call(0.3), watchdogs() == mine, len(mine))
-""")
-def test_threads_and_forked_children_share_one_watchdog(result: Result) -> None:
-    assert result[:2] == (0, "-6 0\nNone True 1\n")
-
-
-@runs("""
-    watchdog_expires(after=30)(fork)(time.sleep, 0.1)
     with contextlib.suppress(ChildProcessError):
         while True: os.wait()
-    print("all are dead")
+    print("all children are dead")
 """)
-def test_a_program_can_wait_for_all_its_children(result: Result) -> None:
-    assert result == (0, "all are dead\n", "")
+def test_threads_and_forked_children_share_one_watchdog_which_is_no_child(result: Result) -> None:
+    assert result[:2] == (0, "-6 0\nNone True 1\nall children are dead\n")
 
 
 @linux_only
@@ -1598,10 +1576,7 @@ def test_a_program_without_dev_and_proc_is_guarded(result: Result) -> None:
     assert result.status == -signal.SIGABRT and "in hold_the_gil" in result.errors
 
 
-WHERE = ["in the program", "in a forked child", "after start_watchdog", "nowhere, but stderr is detached"]
-
-
-@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("where", ["in the program", "in a forked child", "after start_watchdog", "detached stderr"])
 @runs("""  #! env PYTHONFAULTHANDLER=1
     @watchdog_expires(after=0.3)
     def step(): hold_the_gil()
