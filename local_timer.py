@@ -199,9 +199,8 @@ class _Slot:
             self.describe(record)
         now = _Clock.now()
         self.cell[0] = deadline = now + after
-        if not (
-            now <= self.look[0] <= deadline and now < self.board._check_again_at
-        ):  # nearly never, so it is asked here
+        # _poke asks the same, but its call would take as long as the rest.
+        if not (now <= self.look[0] <= deadline and now < self.board._check_again_at):
             self.board._poke(now, deadline)
 
     def describe(self, record: bytes) -> None:
@@ -333,8 +332,7 @@ class Scoreboard(RequestQueue):
 
     def __reduce__(self) -> tuple[Any, ...]:
         assert_spawning(self)
-        if not self._is_ours():
-            self._lost()
+        self._ensure_ours()
         return self._unpickle, (self._settings, *map(reduction.DupFd, self._descriptors))
 
     @classmethod
@@ -373,8 +371,7 @@ class Scoreboard(RequestQueue):
             return self._free.pop()
         except IndexError:
             pass
-        if not self._is_ours():
-            self._lost()
+        self._ensure_ours()
         if not self._rows:
             self._ensure_stack()
         self._free.extend(self._claim([_Slot(self) for _ in range(_ROW)]))
@@ -401,6 +398,10 @@ class Scoreboard(RequestQueue):
 
     def _ensure_stack(self) -> None: ...
 
+    def _ensure_ours(self) -> None:
+        if not self._is_ours():
+            self._lost()
+
     def _lost(self) -> None:
         raise BrokenPipeError("this process has closed the descriptors of its scoreboard: nothing guards it")
 
@@ -417,14 +418,12 @@ class Scoreboard(RequestQueue):
             return
         if look == known and look < now < quiet:
             return  # nobody has looked since the last poke, and the look that it brings will see this deadline too
-        if not self._is_ours():
-            self._lost()
-            look = self._look[0]
+        self._ensure_ours()
+        look = self._look[0]  # perhaps of another one now
         self._check_again_at = now + 1.0
         if now <= look <= deadline:
             return
-        with contextlib.suppress(BlockingIOError):  # full of pokes
-            os.write(self._writer, struct.pack("dd", _Clock.now(), deadline))
+        self._send_poke(deadline)
         self._check_server()
         if look != known:
             since = now
@@ -432,6 +431,10 @@ class Scoreboard(RequestQueue):
             logger.warning("local_timer: the timer server lives, but has not looked for 10 s")
             since = _NEVER
         self._last_poke = look, since, now + 0.02
+
+    def _send_poke(self, deadline: float) -> None:
+        with contextlib.suppress(BlockingIOError):  # full of pokes
+            os.write(self._writer, struct.pack("dd", _Clock.now(), deadline))
 
     # What a server does. It writes nothing but the header.
 
@@ -635,6 +638,7 @@ class TimerServer(abc.ABC):
         if not isinstance(max_interval, (int, float)) or not 0 < max_interval <= threading.TIMEOUT_MAX:
             raise ValueError(f"max_interval must be a positive number of seconds, not {max_interval!r}")
         self._request_queue, self._max_interval, self._daemon = request_queue, max_interval, daemon
+        self._patience = min(max_interval + 1.0, threading.TIMEOUT_MAX)  # with a loop that was told to end
         self._watchdog_thread: threading.Thread | None = None
         # Of the running loop: its process, what tells it to end, what tells that it has.
         self._loop: tuple[int, threading.Event, threading.Event] | None = None
@@ -700,12 +704,16 @@ class TimerServer(abc.ABC):
         finally:
             self._end()
 
-    def _enter_loop(self) -> threading.Event | None:
+    def _own_loop(self) -> tuple[int, threading.Event, threading.Event] | None:
         loop = self._loop
-        if loop is not None and loop[0] == os.getpid() and loop[1].is_set():
-            loop[2].wait(min(self._max_interval + 1.0, threading.TIMEOUT_MAX))  # as stop() does, but for its thread
+        return loop if loop is not None and loop[0] == os.getpid() else None  # a forked child has not the loop
+
+    def _enter_loop(self) -> threading.Event | None:
+        loop = self._own_loop()
+        if loop is not None and loop[1].is_set():
+            loop[2].wait(self._patience)
         with _Process.lock:
-            if self._loop is not None and self._loop[0] == os.getpid():  # a forked child has the object, not the loop
+            if self._own_loop() is not None:
                 return None
             self._begin()
             self._loop = os.getpid(), threading.Event(), threading.Event()
@@ -737,12 +745,12 @@ class TimerServer(abc.ABC):
 
     def stop(self) -> None:
         """End the loop and wait for its thread: at once, unless a foreign queue keeps it; `start()` continues it."""
-        loop, thread = self._loop, self._watchdog_thread
-        if loop is not None and loop[0] == os.getpid():
+        loop, thread = self._own_loop(), self._watchdog_thread
+        if loop is not None:
             loop[1].set()
             self._wake()
             if thread is not None and thread is not threading.current_thread():
-                thread.join(min(self._max_interval + 1.0, threading.TIMEOUT_MAX))
+                thread.join(self._patience)
 
     def __enter__(self) -> Self:
         self.start()
@@ -916,10 +924,10 @@ class LocalTimerServer(TimerServer):
         # In this order no stranger can be hit: the process is held already, now ask once more whose the timers are.
         asked = self._ask(self._expired.get(pid, []))
         found = [(timer, request) for timer, request in asked if request and request.worker_id == pid]
-        kill = any(self._act_on(timer)[1] == signal.SIGKILL for timer, _ in found)
-        signum, now = signal.SIGKILL if kill else self._signum, _Clock.now()
         if not found:
             return False
+        kill = any(self._act_on(timer)[1] == signal.SIGKILL for timer, _ in found)
+        signum, now = signal.SIGKILL if kill else self._signum, _Clock.now()
         try:
             # SIGKILL comes before all else. Another signal may make the worker print, so there our line comes first, if
             # the worker may be signalled at all.
@@ -946,7 +954,7 @@ class LocalTimerServer(TimerServer):
     def _wake(self) -> None:
         with contextlib.suppress(Exception):  # if the queue is full there is no wait; if it is closed, no server
             if self._board is not None and self._board._is_ours():
-                os.write(self._board._writer, struct.pack("dd", _Clock.now(), 0.0))
+                self._board._send_poke(0.0)
             elif self._board is None:
                 self._mp_queue.put(TimerRequest(os.getpid(), "", -1.0), False)
 
@@ -1201,13 +1209,14 @@ class _WatchedScoreboard(Scoreboard):
             return
         # is_enabled() is not enough: signal.signal(SIGABRT, ...) takes the handler away and doesn't tell (see proc(5)).
         enabled = faulthandler.is_enabled()
-        try:
-            with open("/proc/self/status") as status:
-                caught = next((line.split()[1] for line in status if line.startswith("SigCgt:")), "-1")
-            enabled = enabled and bool(int(caught, 16) >> (signal.SIGABRT - 1) & 1)
-        except OSError as error:  # no /proc, or no descriptor left
-            if error.errno is None:
-                raise  # it comes from a signal handler
+        if enabled:
+            try:
+                with open("/proc/self/status") as status:
+                    caught = next((line.split()[1] for line in status if line.startswith("SigCgt:")), "-1")
+                enabled = bool(int(caught, 16) >> (signal.SIGABRT - 1) & 1)
+            except OSError as error:  # no /proc, or no descriptor left
+                if error.errno is None:
+                    raise  # it comes from a signal handler
         if not enabled:
             faulthandler.disable()
             faulthandler.enable(2)  # not sys.stderr, which the program may have detached
