@@ -5,17 +5,15 @@
 
 If a call of `step()` is still running after 30 seconds, the process prints the Python stack of
 every thread and dies, whatever it is stuck in: asleep, in a lock, in C code that holds the GIL. The
-first guarded call starts a small watchdog process for that; it ends with the last process that it
-guards.
+first guarded call starts a small watchdog process, which ends with the last one that it guards.
 
-The file tells its story in this order: the queue of requests that PyTorch's programs use, the
+The file tells its story in this order: the queue that programs for PyTorch's timer use, the
 scoreboard that makes do without, the client, the server, the decorator, the watchdog process, the
-demo. The names are those of `torch.distributed.elastic.timer`. All times are seconds, all deadlines
-are on `time.monotonic()`, which the processes of a host share.
+demo. Names are those of `torch.distributed.elastic.timer`. All times are seconds, all deadlines on
+`time.monotonic()`, which the processes of a host share.
 """
 
 # Copyright (c) 2026 the local_timer authors. License: MIT; its text, LICENSE, goes with every copy.
-# To vendor it, copy this file; it needs CPython 3.9 or later and nothing else.
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ import sys
 if os.name != "posix" or sys.version_info < (3, 9):
     raise ImportError("local_timer needs CPython 3.9 or later on Linux or macOS, not Windows")
 
-# All imports are up here: one that another thread has begun when a process forks never ends in the
-# child.
+# All are up here: an import that another thread has begun never ends in a forked child.
 import abc
 import contextlib
 import errno
@@ -65,8 +62,7 @@ __version__ = "3.0.0"
 __all__ = ["LocalTimerClient", "LocalTimerServer", "MultiprocessingRequestQueue", "RequestQueue"]
 __all__ += ["TimerRequest", "configure", "expires", "start_watchdog", "watchdog_expires"]
 
-# The clock of time.monotonic(), by another way: freezegun and time-machine, which stop the time of
-# a test, replace that function.
+# The clock of time.monotonic(), which freezegun and time-machine replace, by another way.
 _CLOCK_ID = getattr(time, "CLOCK_UPTIME_RAW", time.CLOCK_MONOTONIC)  # the first one on macOS
 _clock = functools.partial(time.clock_gettime, _CLOCK_ID)
 _NEVER = math.inf
@@ -75,8 +71,7 @@ _STALL = 1.0  # a server that wakes so much too late did not run, whatever the r
 _TOGETHER = 0.05  # timers of a worker that expire so close to each other get one signal
 _FAR = 1e9  # time.time() passed it in 2001; time.monotonic() gets there after 31 years
 _OFF = os.environ.get("LOCAL_TIMER") == "off"
-# "Virtual timer expired": a signal that ends a program, that hardly one uses for itself, and that
-# writes no core file.
+# "Virtual timer expired": it ends a program and writes no core file; hardly one uses it for itself.
 _EXPIRED = signal.SIGVTALRM
 
 
@@ -117,12 +112,12 @@ class RequestQueue(abc.ABC):
 
 
 class MultiprocessingRequestQueue(RequestQueue):
-    """A `RequestQueue` over any `multiprocessing` queue, for programs written for PyTorch's timer.
+    """A `RequestQueue` over any `multiprocessing` queue, as programs for PyTorch's timer have it.
 
-    Such a queue sends through a thread that needs the GIL: a worker that hangs with the GIL held
-    right after `acquire` is missed. One killed while it holds the queue's lock silences all others;
-    and if one died with a timer running, whoever has its pid by then is killed. A server that was
-    made without a queue has none of these weaknesses. Raises `TypeError` for what is no queue.
+    It sends through a thread that needs the GIL: a worker that hangs with the GIL held right after
+    `acquire` is missed. One killed while it holds the queue's lock silences all others; and if one
+    died with a timer running, whoever has its pid by then is killed. A server that was made without
+    a queue has none of these weaknesses. Raises `TypeError` for what is no queue.
     """
 
     def __init__(self, mp_queue: Any) -> None:
@@ -141,14 +136,12 @@ class MultiprocessingRequestQueue(RequestQueue):
         deadline = _clock() + timeout
         with contextlib.suppress(queue.Empty):
             while len(requests) < size:
-                left = max(0.0, deadline - _clock())
-                requests.append(self._mp_queue.get(True, left))
+                requests.append(self._mp_queue.get(True, max(0.0, deadline - _clock())))
         return requests
 
 
 # ------------------------------------------------------------------------------------- scoreboard
-# The table is one sparse file, mapped by all. A row is written by the process that owns it; a
-# server only reads.
+# The table is one sparse file, mapped by all. The owner of a row writes it; a server only reads.
 _ROWS = 8_192
 _ROW = 16  # timers: two cache lines of deadlines, so that processes don't share any
 _TIMERS = _ROWS * _ROW
@@ -158,15 +151,15 @@ _NAMES = _DEADLINES + 8 * _TIMERS  # then what a report says of each
 _NAME = struct.Struct("160s80s")  # its label and where it stands in the code, in UTF-8
 _SIZE = _NAMES + _NAME.size * _TIMERS
 
-# Its record locks are on numbers, not on content. A row has two: who has locked the first may clear
-# the row, and is its owner once he has locked the second too. With one, the server could take a
-# deadline that a dead worker has left for one of the process that has just locked the row.
+# Its record locks are on numbers, not on content. A row has two: who has the first may clear it,
+# and owns it once he has the second too. With one, a server could take the deadline that a dead
+# worker has left for one of the process that has just locked the row.
 _SERVER, _CLEAR, _OWN = 0, 1, 1 + _ROWS
 
 
 class _Process:
-    """What belongs to this process alone. A class, since a guarded function that is pickled by
-    value (as Ray and Dask do) takes the values of plain globals along."""
+    """What belongs to this process alone. In a class, since plain globals would travel with a
+    guarded function that is pickled by value (Ray, Dask)."""
 
     client: Any = None
     board: _Scoreboard | None = None  # of that client, for the fast path
@@ -203,16 +196,11 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class _Scoreboard:
-    """The table in which workers note their deadlines and a server reads them: state instead of
-    messages.
+    """The table in which workers note their deadlines and a server reads them: state, no messages.
 
     To start a timer is a store into shared memory, to end it another. The server looks four times a
-    second, and when a deadline that it has seen is there. What nobody has to send can't be full,
-    stale, half written or lost.
-
-    A process owns its rows by record locks, which the kernel drops when it dies or calls `exec`:
-    of the kernel the server learns whom to kill. A scoreboard is passed on by fork, or to a process
-    that is being spawned. It holds 130,000 running timers; one more is a `RuntimeError`.
+    second, and when a deadline that it has seen is there. A process owns its rows by record locks,
+    which the kernel drops when it dies or calls `exec`: the kernel tells whom to kill.
     """
 
     def __init__(self, signum: int, grace: float, file: int = -1, stderr: int = -1) -> None:
@@ -240,8 +228,7 @@ class _Scoreboard:
         _Process.boards.add(self)
 
     def forget(self) -> None:
-        """Forget what belongs to one process: a forked child has no rows yet, and what goes on in
-        the frames of its parent must end no timer of that."""
+        """Be as new: a forked child has no rows, and its parent's frames end no timer in it."""
         for slot in itertools.chain(*self._rows.values()):
             slot.cell = [_NEVER]
         self._rows = {}
@@ -259,21 +246,19 @@ class _Scoreboard:
         return _unpickle, (type(self), *self.settings, *passed)
 
     def close(self) -> None:
-        self._end()
+        self._end()  # fcntl(2): closing any descriptor of the file drops all locks of the process
         # The slots refer to it: without them nothing does, and the map goes too.
         self.free.clear()
         self._rows.clear()
 
     def is_ours(self) -> bool:
-        """Whether its file is still open, and its number not one of the program's files by now."""
+        """Whether the program has not closed its file, and opened another of that number."""
         return _inode(self.file) == self.inode
 
     def check_descriptors(self) -> None:
         if not self.is_ours():
             cure = "call start_watchdog() after that"
             raise BrokenPipeError(f"this process has closed the files of its watchdog: {cure}")
-
-    # fcntl(2): closing any descriptor of the file drops all locks of the process on it.
 
     def lock(self, byte: int) -> bool:
         with contextlib.suppress(BlockingIOError, PermissionError):  # POSIX allows either
@@ -287,8 +272,7 @@ class _Scoreboard:
 
     def holder(self, byte: int, size: int = 1) -> int | None:
         """Return the pid of another process that has locked one of `size` bytes, 0 if that is out
-        of sight in another pid namespace, or None if there is none."""
-        # struct flock, as fcntl(2) of each system has it
+        of sight in another pid namespace, None if there is none (struct flock of fcntl(2))."""
         if sys.platform == "linux":
             query = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, byte, size, 0)
             answer = struct.unpack("hhqqi", fcntl.fcntl(self.file, fcntl.F_GETLK, query))
@@ -298,8 +282,6 @@ class _Scoreboard:
             answer = struct.unpack("qqihh", fcntl.fcntl(self.file, fcntl.F_GETLK, query))
             kind, pid = answer[3], answer[2]
         return None if kind == fcntl.F_UNLCK else max(0, pid)
-
-    # What a worker does.
 
     def take(self) -> _Slot:
         """Return a slot for one timer, for the caller alone until he gives it back."""
@@ -311,11 +293,12 @@ class _Scoreboard:
             return self.claim_row()
 
     def claim_row(self) -> _Slot:
-        """Become the owner of one more row; return one of its slots and make the others free."""
+        """Own one more row; return one of its slots and make the others free."""
         self.check_descriptors()
         prints = faulthandler and self.settings[0] != signal.SIGKILL
         if prints and signal.getsignal(_EXPIRED) == signal.SIG_DFL:
             # It prints the stacks, for which it needs no GIL, and then the process dies of it.
+            faulthandler.unregister(_EXPIRED)  # a forked child may have reset the signal since
             faulthandler.register(_EXPIRED, self.stderr, chain=True)
         for number in itertools.islice(self._untried, _ROWS):
             row = number % _ROWS
@@ -342,7 +325,7 @@ class _Scoreboard:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def check(self) -> None:
-        """See that this process has its scoreboard and that a server, and when to look again."""
+        """See that the process has its scoreboard still, and that a server."""
         self.check_descriptors()
         if not self.is_serving and self.holder(_SERVER) is None:
             self.find_server()
@@ -351,8 +334,6 @@ class _Scoreboard:
     def find_server(self) -> None:
         cure = "call start() of its LocalTimerServer, or start_watchdog()"
         raise BrokenPipeError(f"no server guards this process, or it has ended: {cure}")
-
-    # What a server does.
 
     def serve(self) -> None:
         if not self.lock(_SERVER):
@@ -379,7 +360,7 @@ class _Scoreboard:
         deadlines = memoryview(os.pread(self.file, 8 * _ROW * rows, _DEADLINES)).cast("d")
         if min(deadlines, default=_NEVER) > until:
             return []
-        # Where a row was never cleared, zeros stand.
+        # A row that was never cleared has zeros.
         return [_Timer(n, each) for n, each in enumerate(deadlines) if 0 < each <= until]
 
     def ask(self, timer: _Timer) -> tuple[TimerRequest, str] | None:
@@ -403,10 +384,10 @@ class _Timer(NamedTuple):
 
 
 class _Slot:
-    """The place of one timer in a row of this process."""
+    """The place of one timer in a row of this process.
 
-    # Under interrupts the order matters: a deadline goes before all else and comes after it, by a
-    # plain store.
+    Against interrupts, a deadline goes before all else and comes after it, by a plain store.
+    """
 
     __slots__ = ("board", "free", "cell", "place", "name")
 
@@ -434,8 +415,7 @@ class _Slot:
 
 @contextlib.contextmanager
 def _low_numbers_taken() -> Iterator[None]:
-    """Let nothing that is opened meanwhile be 0, 1 or 2: a program that has closed them opens them
-    anew."""
+    """Let nothing that is opened meanwhile be 0, 1 or 2, which a program may have closed."""
     with contextlib.ExitStack() as taken:
         for _ in range(2):
             for number in os.pipe():
@@ -452,11 +432,10 @@ def _memory_file() -> int:
             return os.dup(file.fileno())
 
 
-def _inode(number: int) -> tuple[int, int] | None:
+def _inode(number: int) -> tuple[int, ...]:
     with contextlib.suppress(OSError):
-        status = os.fstat(number)
-        return status.st_dev, status.st_ino
-    return None
+        return os.fstat(number)[1:3]  # and device
+    return ()
 
 
 def _unpickle(kind: Any, signum: int, grace: float, file: Any, stderr: Any) -> Any:
@@ -490,9 +469,7 @@ def _report(name: str, late: float) -> str:
 # ----------------------------------------------------------------------------------------- client
 class LocalTimerClient:
     """Acquires and releases the timers of this process, on the scoreboard of a server or through
-    any `multiprocessing` queue (what that can't do is said at `MultiprocessingRequestQueue`).
-
-    A forked child that uses it is a worker of its own. Raises `TypeError` for what is no queue.
+    a queue (see `MultiprocessingRequestQueue`). A forked child that uses it is a worker too.
     """
 
     def __init__(self, mp_queue: Any) -> None:
@@ -567,8 +544,7 @@ class _QueuedTimers:
     def unserve(self) -> None: ...
 
     def wait(self, until: float) -> float:
-        """Take in what has been sent. What expires later than now waits for the next turn: its
-        release may still be in the queue."""
+        """Take in what was sent; a later deadline may have its release in the queue still."""
         now = _clock()
         for request in self._queue.get(max(1, self._queue.size()), max(0.0, until - now)):
             try:
@@ -603,19 +579,16 @@ class LocalTimerServer:
 
     An expired timer earns its worker `signum`. A worker that has neither released it nor died
     `grace` seconds later gets SIGVTALRM, which prints its stacks, and after as long again SIGKILL.
-    With the default it is SIGKILL at once. Start it in the launcher, hand `client()` to the
-    workers:
+    With the default it is SIGKILL at once. Start it in the launcher, hand `client()` to workers:
 
     >>> with LocalTimerServer() as server:
     ...     worker = multiprocessing.Process(target=work, args=(server.client(),))
 
     It looks at a scoreboard of its own, or takes requests from any `multiprocessing` queue: every
-    `max_interval` seconds, at least four times a second, and when a deadline that it has seen is
-    there. `daemon` is whether its thread lets the program end. `killed` lists the timers for which
-    it has sent a signal; each kill is a warning of the logger `local_timer`.
-
-    Raises `ValueError` and `TypeError` for bad arguments and `OSError` if there is no memory to
-    share.
+    `max_interval` seconds, at least four times a second, and at each deadline that it has seen.
+    `daemon` is whether its thread lets the program end. `killed` lists the timers for which it has
+    sent a signal; each kill is a warning of the logger `local_timer`. Raises `ValueError` and
+    `TypeError` for bad arguments, `OSError` if there is no memory to share.
     """
 
     def __init__(
@@ -642,19 +615,19 @@ class LocalTimerServer:
         self._later: dict[_Timer, tuple[float, int]] = {}
         self._lines: list[str] = []  # for the log
         self._thread: threading.Thread | None = None
-        self._stop_signaled = False
+        self._stop_signaled, self._awake_by = False, _clock()
 
     def client(self) -> LocalTimerClient:
         """Return a client of this server, for this process and those it forks or spawns."""
         return LocalTimerClient(self._mp_queue)
 
     def start(self) -> None:
-        """Run the loop in a thread; if it runs already, do nothing. Raises `RuntimeError` if
-        another server has the scoreboard, or no thread can be started."""
+        """Run the loop in a thread, unless it runs. Raises `RuntimeError` if another process does
+        so, or no thread is to be had."""
         if self._thread is not None and self._thread.is_alive():
             return
+        self._stop_signaled, self._awake_by = False, _clock()
         self._timers.serve()
-        self._stop_signaled = False
         self._thread = threading.Thread(target=self._watchdog_loop, daemon=self._daemon)
         try:
             self._thread.start()
@@ -663,8 +636,7 @@ class LocalTimerServer:
             raise
 
     def stop(self) -> None:
-        """End the loop and wait for its thread, a quarter of a second at most; `start()` continues
-        it."""
+        """End the loop, within a quarter of a second; `start()` continues it."""
         self._stop_signaled = True
         if self._thread is not None and self._thread.is_alive():
             self._thread.join()
@@ -687,26 +659,25 @@ class LocalTimerServer:
         except Exception:
             _log().exception("the watchdog could not look; it tries again in a second")
             time.sleep(1.0)
+            self._awake_by = _clock()
 
     def _look(self) -> None:
-        """Sleep until there is something to do, but not long, and do it."""
-        now = _clock()
-        soon = self._timers.scan(now + self._interval)
-        first = min((self._next_step(timer)[0] for timer in soon), default=_NEVER)
-        awake_by = max(now, min(first, now + self._interval))
-        known = self._timers.wait(awake_by)
-        self._forgive(_clock() - awake_by)
-        for pid, timers in self._due_workers(known).items():
+        """Sleep until there is something to do, do it, and see until when to sleep next."""
+        now = self._timers.wait(self._awake_by)
+        self._forgive(_clock() - self._awake_by)
+        for pid, timers in self._due_workers(now).items():
             self._reap_worker(pid, timers)
         self._write_lines()
+        soon = [self._next_step(timer)[0] for timer in self._timers.scan(now + self._interval)]
+        # Counted from a moment before all this: wherever the server was stopped, it is too late.
+        self._awake_by = max(now, min([*soon, now + self._interval]))
 
     def _next_step(self, timer: _Timer) -> tuple[float, int]:
         """Return when to act on a timer and with which of the signals."""
         return self._later.get(timer, (timer.deadline, 0))
 
     def _forgive(self, stalled: float) -> None:
-        """Move all deadlines by the time in which the server did not run: probably the workers did
-        not run either."""
+        """Move all deadlines by the time for which the server, and so the workers, did not run."""
         if stalled > _STALL:
             self._lines.append(f"the watchdog did not run for {stalled:.1f} s: all deadlines move")
             for timer in self._timers.scan(_FAR):
@@ -765,12 +736,10 @@ class LocalTimerServer:
 
 # -------------------------------------------------------------------------------------- decorator
 def configure(timer_client: Any) -> None:
-    """Set the client of this process and those it forks: a `LocalTimerClient`, or anything that has
-    `acquire` and `release`; else a `TypeError`. `None` clears it, and no watchdog starts by itself
-    then."""
+    """Set the client of this process and those it forks: anything that has `acquire` and `release`,
+    else a `TypeError`. `None` clears it, and no watchdog starts by itself then."""
     _check_client("timer_client", timer_client)
-    _Process.client = timer_client
-    _Process.board = _board_of(timer_client)
+    _Process.client, _Process.board = timer_client, _board_of(timer_client)
     _Process.switched_off = timer_client is None
 
 
@@ -813,11 +782,9 @@ class watchdog_expires:
     watchdog process which is started then.
 
     Raises `ValueError` and `TypeError` for bad arguments here, not at the call. A guarded call
-    raises `BrokenPipeError` if the server is gone, `OSError` or `RuntimeError` if no watchdog can
-    be started, and `RuntimeError` after `configure(None)`.
-
-    If a signal handler raises just when a block is left, a timer that has a name (`as timer`) runs
-    on until that name is gone.
+    raises `BrokenPipeError` if the server is gone, `OSError` or `RuntimeError` if none can be
+    started. Where a signal handler raises just as a block is left, a timer with a name of its own
+    (`as timer`) runs on until that is gone.
     """
 
     __slots__ = ("_after", "_scope", "_client", "_name", "_timer", "_guard", "__weakref__")
@@ -833,7 +800,6 @@ class watchdog_expires:
         code, module = frame.f_code, frame.f_globals.get("__name__", "?")
         self._name = _name(module, code.co_name, code.co_filename, frame.f_lineno, limit, scope)
         self._timer: Any = None
-        self._guard: Any = None
 
     def __enter__(self) -> Self:
         if self._after is None:
@@ -854,7 +820,7 @@ class watchdog_expires:
             self._timer = timer
             # An interrupt may strike before `with` has begun, or at the very entry of __exit__
             # (CPython gh-74174): then the death of this object ends the timer.
-            self._guard = weakref.ref(self, timer.stop)
+            self._guard: Any = weakref.ref(self, timer.stop)
             timer.start(self._name, self._after)
         except BaseException:
             self.__exit__()
@@ -944,12 +910,11 @@ _SHIELDED += [signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
 
 def start_watchdog(*, signum: int = _EXPIRED, grace: float = 5.0) -> LocalTimerClient:
     """Start the watchdog process of this process and those it forks, configure its client and
-    return that.
+    return that. If one with these settings serves already, return its client.
 
     An expired call gets `signum`, as `LocalTimerServer` has it. The default makes a hung program
     print the stack of every thread and die; one with a handler that raises, like SIGINT's, is a
-    soft limit. The lines and stacks go to what is stderr now. If such a watchdog serves this
-    process already, that is its client.
+    soft limit. Lines and stacks go to what is stderr now.
 
     Raises `RuntimeError` where no interpreter can be started on this file, `OSError` if there is no
     memory to share, `ValueError` for bad arguments. A program that closes all its descriptors
@@ -978,17 +943,14 @@ class _Watched(_Scoreboard):
     """A scoreboard whose server is a watchdog process. Any worker that finds none starts one."""
 
     def find_server(self) -> None:
-        signum, grace = self.settings
-        interpreter = "" if getattr(sys, "frozen", False) else sys.executable or ""
-        command = [interpreter, "-IS", _THIS_FILE, "--watchdog", str(signum), str(grace)]
+        python = "" if getattr(sys, "frozen", False) else sys.executable or ""
+        argv = [python, "-IS", _THIS_FILE, "--watchdog", *map(str, self.settings)]
         # It keeps no end of our stdout: who reads that must not wait for the watchdog.
         files = [(os.POSIX_SPAWN_DUP2, self.file, number) for number in (0, 1)]
         files += [(os.POSIX_SPAWN_DUP2, self.stderr, 2)]
-        problem: object = "it does not serve"
+        problem: object = "it ended"
         try:
-            pid = os.posix_spawn(
-                interpreter, command, os.environ, file_actions=files, setsigmask=_SHIELDED
-            )
+            pid = os.posix_spawn(python, argv, os.environ, file_actions=files, setsigmask=_SHIELDED)
             os.waitpid(pid, 0)  # until the watchdog serves; an interrupt here leaves a zombie
         except ChildProcessError:
             pass  # the program itself has waited for it
@@ -996,7 +958,7 @@ class _Watched(_Scoreboard):
             problem = error
         if self.holder(_SERVER) is None:
             cure = "set sys.executable to a Python, or configure() the client of a server"
-            raise RuntimeError(f"can't start {' '.join(command)!r}: {problem}; {cure}")
+            raise RuntimeError(f"can't start {' '.join(argv)!r}: {problem}; {cure}")
 
 
 class _Stderr(logging.Handler):
@@ -1039,12 +1001,11 @@ def _watchdog_main(signum: str, grace: str) -> None:
 # ------------------------------------------------------------------------------------------- demo
 def _demo() -> int:
     """Show on real processes what a guarded one becomes; return 0 if each ended as it should."""
-    lock = threading.Lock()
     cases: dict[str, Callable[[], object]] = {
         "returns in time": lambda: time.sleep(0.4),
         "asleep": lambda: time.sleep(60),
         "in a Python loop": lambda: [None for _ in iter(int, 1) if False],
-        "in a lock": lambda: [lock.acquire() for _ in range(2)],
+        "in a lock": threading.Event().wait,
         "in C code that holds the GIL": lambda: sum(itertools.repeat(0)),
     }
     print("Workers under a limit of 1 s; who hangs leaves a line and its stack:\n", flush=True)
