@@ -76,14 +76,16 @@ _EXPIRED = signal.SIGVTALRM
 
 
 def _log() -> logging.Logger:
-    return logging.getLogger("local_timer")  # not before it is used: dictConfig() disables those
+    logger = logging.getLogger("local_timer")
+    logger.disabled = False  # dictConfig() disables all loggers that exist
+    return logger
 
 
 def _seconds(name: str, value: Any, least: float = 1e-9) -> float:
     """Return a number of seconds that makes sense."""
     if not hasattr(value, "__float__"):
-        example = "@watchdog_expires(after=30)" if name == "after" else f"{name}=30"
-        raise TypeError(f"{name} must be a number of seconds, as in {example}, not {value!r}")
+        example = "as in @watchdog_expires(after=30)"
+        raise TypeError(f"{name} must be a number of seconds, {example}, not {value!r}")
     if not least <= value < _FAR:
         hint = "; use time.monotonic(), not time.time()" if _FAR <= value < 1e10 else ""
         raise ValueError(f"{name} must be from {least:g} to {_FAR:g} seconds, not {value!r}{hint}")
@@ -180,8 +182,8 @@ if sys.platform == "linux":
 
 
 def _after_fork_in_child() -> None:
-    _Process.lock = threading.RLock()  # another thread of the parent may have held it
-    _Process.named = {}
+    # Another thread of the parent may have held the lock.
+    _Process.lock, _Process.named = threading.RLock(), {}
     for board in list(_Process.boards):
         board.forget()
     _alive[0] = 1
@@ -463,7 +465,7 @@ def _unpack_name(packed: bytes | memoryview) -> list[str]:
 
 def _report(name: str, late: float) -> str:
     name = name if name.isprintable() else repr(name)
-    return f"{name} is still running {1000 * late:.1f} ms after its deadline"
+    return f"{name} is still running {max(0.0, 1000 * late):.1f} ms after its deadline"
 
 
 # ----------------------------------------------------------------------------------------- client
@@ -497,6 +499,7 @@ class LocalTimerClient:
             slot = _Process.named[key] = self._board.take()
         after = deadline - _clock()
         slot.start(_pack_name(scope_id, f" (limit {after:.3g} s)"), after)
+        slot.cell[0] = deadline  # to the microsecond
 
     def release(self, scope_id: str) -> None:
         """End a timer of this process; an unknown one is ignored."""
@@ -667,10 +670,11 @@ class LocalTimerServer:
         self._forgive(_clock() - self._awake_by)
         for pid, timers in self._due_workers(now).items():
             self._reap_worker(pid, timers)
-        self._write_lines()
         soon = [self._next_step(timer)[0] for timer in self._timers.scan(now + self._interval)]
         # Counted from a moment before all this: wherever the server was stopped, it is too late.
         self._awake_by = max(now, min([*soon, now + self._interval]))
+        if self._awake_by > now + _TOGETHER:
+            self._write_lines()
 
     def _next_step(self, timer: _Timer) -> tuple[float, int]:
         """Return when to act on a timer and with which of the signals."""
@@ -856,8 +860,7 @@ class watchdog_expires:
         own_board = _board_of(client)
         qualname = getattr(func, "__qualname__", type(func).__qualname__)
         file, line = frame.f_code.co_filename, frame.f_lineno
-        module = getattr(func, "__module__", "?")
-        name = _name(module, qualname, file, line, after, scope)
+        name = _name(getattr(func, "__module__", "?"), qualname, file, line, after, scope)
 
         def timer() -> watchdog_expires:
             timer = watchdog_expires(after, scope, client)
@@ -948,14 +951,14 @@ class _Watched(_Scoreboard):
         # It keeps no end of our stdout: who reads that must not wait for the watchdog.
         files = [(os.POSIX_SPAWN_DUP2, self.file, number) for number in (0, 1)]
         files += [(os.POSIX_SPAWN_DUP2, self.stderr, 2)]
-        problem: object = "it ended"
+        problem = "it ended"
         try:
             pid = os.posix_spawn(python, argv, os.environ, file_actions=files, setsigmask=_SHIELDED)
             os.waitpid(pid, 0)  # until the watchdog serves; an interrupt here leaves a zombie
         except ChildProcessError:
             pass  # the program itself has waited for it
         except (OSError, ValueError) as error:
-            problem = error
+            problem = str(error)
         if self.holder(_SERVER) is None:
             cure = "set sys.executable to a Python, or configure() the client of a server"
             raise RuntimeError(f"can't start {' '.join(argv)!r}: {problem}; {cure}")

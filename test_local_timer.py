@@ -103,7 +103,10 @@ def watchdogs() -> list[int]:
             same_session = os.getsid(int(pid)) == os.getsid(0)
         except OSError:
             continue
-        is_orphan = os.getsid(int(parent)) != os.getsid(0) if int(parent) else True
+        try:
+            is_orphan = os.getsid(int(parent)) != os.getsid(0)
+        except OSError:
+            is_orphan = True
         if "local_timer.py\0--watchdog\0" in line and same_session and is_orphan and state != "Z":
             found.append(int(pid))
     return found
