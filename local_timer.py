@@ -346,9 +346,9 @@ class _Scoreboard:
         self.is_serving = False
         self.unlock(_SERVER)
 
-    def is_used(self) -> bool:
-        """Whether another process has a row."""
-        return self.holder(_CLEAR, 2 * _ROWS) is not None
+    def is_unused(self) -> bool:
+        """Whether no other process has a row."""
+        return self.holder(_CLEAR, 2 * _ROWS) is None
 
     def wait(self, until: float) -> float:
         """Sleep; return the moment up to which deadlines can be judged."""
@@ -463,9 +463,11 @@ def _unpack_name(packed: bytes | memoryview) -> list[str]:
     return [part.rstrip(b"\0").decode("utf-8", "replace") for part in _NAME.unpack(packed)]
 
 
-def _report(name: str, late: float) -> str:
+def _report(request: TimerRequest, where: str, now: float) -> str:
+    name = request.scope_id + where
+    late = 1000 * max(0.0, now - request.expiration_time)
     name = name if name.isprintable() else repr(name)
-    return f"{name} is still running {max(0.0, 1000 * late):.1f} ms after its deadline"
+    return f"{name} is still running {late:.1f} ms after its deadline"
 
 
 # ----------------------------------------------------------------------------------------- client
@@ -618,7 +620,7 @@ class LocalTimerServer:
         self._later: dict[_Timer, tuple[float, int]] = {}
         self._lines: list[str] = []  # for the log
         self._thread: threading.Thread | None = None
-        self._stop_signaled, self._awake_by = False, _clock()
+        self._stop_signaled, self._awake_by = threading.Event(), _clock()
 
     def client(self) -> LocalTimerClient:
         """Return a client of this server, for this process and those it forks or spawns."""
@@ -629,9 +631,11 @@ class LocalTimerServer:
         so, or no thread is to be had."""
         if self._thread is not None and self._thread.is_alive():
             return
-        self._stop_signaled, self._awake_by = False, _clock()
+        self._stop_signaled.clear()
+        self._awake_by = _clock()
         self._timers.serve()
-        self._thread = threading.Thread(target=self._watchdog_loop, daemon=self._daemon)
+        loop, is_over = self._watchdog_loop, self._stop_signaled.is_set
+        self._thread = threading.Thread(target=loop, args=(is_over,), daemon=self._daemon)
         try:
             self._thread.start()
         except BaseException:
@@ -640,7 +644,7 @@ class LocalTimerServer:
 
     def stop(self) -> None:
         """End the loop, within a quarter of a second; `start()` continues it."""
-        self._stop_signaled = True
+        self._stop_signaled.set()
         if self._thread is not None and self._thread.is_alive():
             self._thread.join()
         self._timers.unserve()
@@ -652,29 +656,30 @@ class LocalTimerServer:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def _watchdog_loop(self) -> None:
-        while not self._stop_signaled:
-            self._run_watchdog()
-
-    def _run_watchdog(self) -> None:
-        try:
-            self._look()
-        except Exception:
-            _log().exception("the watchdog could not look; it tries again in a second")
-            time.sleep(1.0)
-            self._awake_by = _clock()
+    def _watchdog_loop(self, is_over: Callable[[], bool]) -> None:
+        while not is_over():
+            try:
+                self._look()
+            except Exception:
+                _log().exception("the watchdog could not look; it tries again in a second")
+                time.sleep(1.0)
+                self._awake_by = _clock()
+        self._write_lines()
 
     def _look(self) -> None:
         """Sleep until there is something to do, do it, and see until when to sleep next."""
         now = self._timers.wait(self._awake_by)
         self._forgive(_clock() - self._awake_by)
+        lines = len(self._lines)
         for pid, timers in self._due_workers(now).items():
             self._reap_worker(pid, timers)
-        soon = [self._next_step(timer)[0] for timer in self._timers.scan(now + self._interval)]
-        # Counted from a moment before all this: wherever the server was stopped, it is too late.
-        self._awake_by = max(now, min([*soon, now + self._interval]))
-        if self._awake_by > now + _TOGETHER:
+        if len(self._lines) == lines:
             self._write_lines()
+        # A log handler may block: first another look, for who expires just after this one.
+        latest = now + min(self._interval, _TOGETHER if self._lines else _LOOK)
+        soon = [self._next_step(timer)[0] for timer in self._timers.scan(latest)]
+        # Counted from a moment before all this: wherever the server was stopped, it is too late.
+        self._awake_by = max(now, min([*soon, latest]))
 
     def _next_step(self, timer: _Timer) -> tuple[float, int]:
         """Return when to act on a timer and with which of the signals."""
@@ -713,14 +718,10 @@ class LocalTimerServer:
         if step is None:
             return
         signum = self._signals[step]
-        requests = [request for request, _ in mine.values()]
-        self.killed += [request for request in requests if request not in self.killed]
-        reports = [
-            _report(r.scope_id + where, now - r.expiration_time) for r, where in mine.values()
-        ]
+        self.killed += [request for request, _ in mine.values() if request not in self.killed]
+        reports = [_report(request, where, now) for request, where in mine.values()]
         self._lines.append(f"{signum.name} for pid {pid}: {', '.join(reports)}")
-        # SIGKILL comes before all lines, since a log handler may block. What may make the worker
-        # print comes after its line.
+        # What may make the worker print comes after its line.
         if signum != signal.SIGKILL:
             self._write_lines()
         then = _NEVER if signum == signal.SIGKILL else now + self._grace, step + 1
@@ -873,8 +874,7 @@ class watchdog_expires:
 
         @functools.wraps(func)
         async def guarded_coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:
-            with timer():
-                return await func(*args, **kwargs)  # type: ignore[misc]
+            return await guarded_await(func(*args, **kwargs))  # type: ignore[arg-type]
 
         @functools.wraps(func)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -955,9 +955,7 @@ class _Watched(_Scoreboard):
         try:
             pid = os.posix_spawn(python, argv, os.environ, file_actions=files, setsigmask=_SHIELDED)
             os.waitpid(pid, 0)  # until the watchdog serves; an interrupt here leaves a zombie
-        except ChildProcessError:
-            pass  # the program itself has waited for it
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # ChildProcessError if the program has waited for it
             problem = str(error)
         if self.holder(_SERVER) is None:
             cure = "set sys.executable to a Python, or configure() the client of a server"
@@ -994,11 +992,10 @@ def _watchdog_main(signum: str, grace: str) -> None:
     os.close(ready)
     os.close(told)
     while serving:
-        while board.is_used():
-            server._run_watchdog()
+        server._watchdog_loop(board.is_unused)
         board.unserve()
         # A worker that came meanwhile has seen the lock, and started no other.
-        serving = board.is_used() and board.lock(_SERVER)
+        serving = not board.is_unused() and board.lock(_SERVER)
 
 
 # ------------------------------------------------------------------------------------------- demo

@@ -2034,10 +2034,11 @@ def test_one_line_a_kill_tells_pid_signal_and_every_timer(guard: str, result: Re
 @runs(
     """
     import logging
+    import os
     import time
 
     from helpers import end_of, fork
-    from local_timer import LocalTimerServer, configure, watchdog_expires
+    from local_timer import LocalTimerServer
 
 
     class Blocking(logging.Handler):
@@ -2054,15 +2055,50 @@ def test_one_line_a_kill_tells_pid_signal_and_every_timer(guard: str, result: Re
     server = LocalTimerServer()
     server.start()
     deadline = time.monotonic() + 1
-    workers = [fork(hang, deadline) for _ in range(3)]
+    workers = [fork(hang, deadline + 0.02 * number) for number in range(3)]
     print([end_of(worker) for worker in workers], flush=True)
-    import os
-
     os._exit(0)
     """
 )
 def test_a_log_handler_that_blocks_saves_nobody(result: Result) -> None:
     assert result[:2] == (0, "[-9, -9, -9]\n")
+
+
+@runs(
+    """
+    import time
+
+    from helpers import end_of, fork, wait_until
+    from local_timer import LocalTimerServer, configure, watchdog_expires
+
+
+    def hang():
+        configure(server.client())
+        with watchdog_expires(after=0.3):
+            time.sleep(60)
+
+
+    def work():
+        configure(server.client())
+        step = watchdog_expires(after=0.04)(int)
+        while True:
+            step()
+
+
+    with LocalTimerServer() as server:
+        busy = fork(work)
+        end_of(fork(hang))
+        print(len(server.killed))
+        time.sleep(1)
+        # The log line is there by now, though a deadline is always near.
+        print(open("err").read().count("SIGKILL"))
+        end_of(busy, 0)
+        end_of(fork(hang))
+    print(open("err").read().count("SIGKILL"))
+    """
+)
+def test_a_line_is_not_lost_and_not_late_by_much(result: Result) -> None:
+    assert result.output == "1\n1\n2\n"
 
 
 @runs(
