@@ -84,8 +84,7 @@ def _log() -> logging.Logger:
 def _seconds(name: str, value: Any, least: float = 1e-9) -> float:
     """Return a number of seconds that makes sense."""
     if not hasattr(value, "__float__"):
-        example = "as in @watchdog_expires(after=30)"
-        raise TypeError(f"{name} must be a number of seconds, {example}, not {value!r}")
+        raise TypeError(f"{name} is in seconds, as in @watchdog_expires(after=30), not {value!r}")
     if not least <= value < _FAR:
         hint = "; use time.monotonic(), not time.time()" if _FAR <= value < 1e10 else ""
         raise ValueError(f"{name} must be from {least:g} to {_FAR:g} seconds, not {value!r}{hint}")
@@ -359,11 +358,14 @@ class _Scoreboard:
         """Return the timers whose deadline is not after `until`."""
         # By pread: if memory is short, even to read a hole through the map is a SIGBUS.
         rows = os.pread(self.file, _ROWS, 0).rfind(b"\1") + 1
-        deadlines = memoryview(os.pread(self.file, 8 * _ROW * rows, _DEADLINES)).cast("d")
-        if min(deadlines, default=_NEVER) > until:
-            return []
-        # A row that was never cleared has zeros.
-        return [_Timer(n, each) for n, each in enumerate(deadlines) if 0 < each <= until]
+        table = memoryview(os.pread(self.file, 8 * _ROW * rows, _DEADLINES)).cast("d")
+        timers = []
+        for start in range(0, len(table), 1024):
+            part = table[start : start + 1024]
+            if min(part) <= until:  # most parts need not be looked at one by one, which is slow
+                # A row that was never cleared has zeros.
+                timers += [_Timer(n, t) for n, t in enumerate(part, start) if 0 < t <= until]
+        return timers
 
     def ask(self, timer: _Timer) -> tuple[TimerRequest, str] | None:
         """Return the request of a timer, its owner as the kernel knows it, and where it stands in
@@ -373,8 +375,7 @@ class _Scoreboard:
         pid = os.getpid() if row in self._rows else self.holder(_OWN + row)
         if not pid or self.deadlines[timer.key] != timer.deadline:
             return None
-        place = _NAMES + timer.key * _NAME.size
-        label, where = _unpack_name(self.table[place : place + _NAME.size])
+        label, where = _unpack_name(self.table, _NAMES + timer.key * _NAME.size)
         return TimerRequest(pid, label, timer.deadline), where
 
 
@@ -459,8 +460,8 @@ def _pack_name(label: str, where: str) -> bytes:
     return _NAME.pack(text, where.encode("utf-8", "backslashreplace"))
 
 
-def _unpack_name(packed: bytes | memoryview) -> list[str]:
-    return [part.rstrip(b"\0").decode("utf-8", "replace") for part in _NAME.unpack(packed)]
+def _unpack_name(table: bytes | memoryview, place: int = 0) -> list[str]:
+    return [x.rstrip(b"\0").decode("utf-8", "replace") for x in _NAME.unpack_from(table, place)]
 
 
 def _report(request: TimerRequest, where: str, now: float) -> str:
@@ -896,9 +897,8 @@ class watchdog_expires:
             # A partial, an object or a wrapper may have made one.
             return guarded_await(result) if type(result) is CoroutineType else result
 
-        if inspect.iscoroutinefunction(func):
-            return guarded_coroutine  # type: ignore[return-value]
-        return guarded
+        is_coroutine = inspect.iscoroutinefunction(func)
+        return guarded_coroutine if is_coroutine else guarded  # type: ignore[return-value]
 
 
 expires = watchdog_expires

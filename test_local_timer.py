@@ -12,20 +12,24 @@ start when the session begins, some at a time, and a test collects what became o
 from __future__ import annotations
 
 import ast
+import asyncio
 import contextlib
 import functools
 import inspect
 import math
+import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import timeit
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -2080,9 +2084,9 @@ def test_a_log_handler_that_blocks_saves_nobody(result: Result) -> None:
 
     def work():
         configure(server.client())
-        step = watchdog_expires(after=0.04)(int)
-        while True:
-            step()
+        with watchdog_expires(after=0.04) as timer:
+            while True:
+                timer.reset()
 
 
     with LocalTimerServer() as server:
@@ -2946,5 +2950,304 @@ def test_only_the_standard_library_is_imported() -> None:
         assert imported <= sys.stdlib_module_names
 
 
+# ----------------------------------------------------------------------------------- the benchmark
+class Row(NamedTuple):
+    """A line of the table: what was measured, how it came out, and whether that is good enough."""
+
+    what: str
+    measured: str
+    goal: str
+    is_kept: bool
+
+
+def spread(values: Sequence[float], unit: str = "") -> str:
+    first, median, third = statistics.quantiles(values, n=4)
+    return f"{median:.3g}{unit} ({first:.3g} to {third:.3g})"
+
+
+def at_most(limit: float, what: str, values: Sequence[float], unit: str = "") -> Row:
+    is_kept = statistics.median(values) <= limit
+    return Row(what, spread(values, unit), f"at most {limit:g}{unit}", is_kept)
+
+
+def microseconds(function: Callable[[], object], calls: int) -> float:
+    return timeit.timeit(function, number=calls) / calls * 1e6
+
+
+def empty() -> None:
+    pass
+
+
+def emptiest_wrapper(function: Callable[..., object]) -> Callable[..., object]:
+    def wrapper(*args: object) -> object:
+        time.monotonic()
+        try:
+            return function(*args)
+        finally:
+            pass
+
+    return wrapper
+
+
+def block() -> None:
+    with watchdog_expires(after=60):
+        pass
+
+
+def interval_timer() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 60)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+async def asyncio_timeout(calls: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        async with asyncio.timeout(60):  # type: ignore[attr-defined,unused-ignore]
+            pass
+    return (time.perf_counter() - begin) / calls * 1e6
+
+
+def measure_calls() -> list[Row]:
+    """A guarded call and a guarded block, in turn with what they are compared to."""
+    wrapped, decorated = emptiest_wrapper(empty), watchdog_expires(after=60)(empty)
+    decorated()
+    rounds = []
+    for _ in range(25):
+        plain = microseconds(empty, 100_000)
+        wrapper = microseconds(wrapped, 100_000) - plain
+        call = microseconds(decorated, 100_000) - plain
+        a_block = microseconds(block, 20_000) - plain
+        a_pair = microseconds(interval_timer, 20_000) - plain
+        a_timeout = math.nan
+        if sys.version_info >= (3, 11):
+            a_timeout = asyncio.run(asyncio_timeout(5_000))
+        rounds.append(
+            (call, call / wrapper, call / a_pair, a_block, a_block / call, a_block / a_timeout)
+        )
+    calls, against_wrapper, against_pair, blocks, against_call, against_timeout = zip(*rounds)
+    return [
+        Row("a decorated call", spread(calls, " µs"), "", True),
+        at_most(4, "a decorated call / the emptiest wrapper", against_wrapper),
+        at_most(1, "a decorated call / a pair of `signal.setitimer`", against_pair),
+        Row("a `with` block", spread(blocks, " µs"), "", True),
+        at_most(4.5, "a `with` block / a decorated call", against_call),
+        at_most(0.6, "a `with` block / `asyncio.timeout`", against_timeout),
+    ]
+
+
+def measure_pytorch() -> list[Row]:
+    """PyTorch's timer, where it can be imported, until its server has got all messages."""
+    try:
+        from torch.distributed.elastic import timer  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return []
+    mp_queue: Any = multiprocessing.Queue()
+    server = timer.LocalTimerServer(mp_queue, max_interval=0.01)
+    server.start()
+    timer.configure(timer.LocalTimerClient(mp_queue))
+
+    def theirs() -> None:
+        for _ in range(500):
+            with timer.expires(after=60):
+                pass
+        wait_until(mp_queue.empty)
+
+    decorated = watchdog_expires(after=60)(empty)
+    decorated()
+    calls, blocks = [], []
+    for _ in range(10):
+        expires = microseconds(theirs, 1) / 500
+        calls.append(expires / microseconds(decorated, 100_000))
+        blocks.append(expires / microseconds(block, 20_000))
+    server.stop()
+    is_kept = statistics.median(calls) >= 400
+    return [
+        Row("PyTorch's `with expires` / a decorated call", spread(calls), "at least 400", is_kept),
+        Row("PyTorch's `with expires` / a `with` block", spread(blocks), "", True),
+    ]
+
+
+def start_watchdog() -> int:
+    """Return the pid of a new watchdog of this process."""
+    others = watchdogs()
+    lt.start_watchdog()
+    (watchdog,) = set(watchdogs()) - set(others)
+    return watchdog
+
+
+def cpu_seconds(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def status(pid: int, name: str) -> int:
+    return int(Path(f"/proc/{pid}/status").read_text().partition(f"\n{name}:")[2].split()[0])
+
+
+def measure_watchdog() -> list[Row]:
+    """What the watchdog process takes while this one makes few or many guarded calls."""
+    watchdog = start_watchdog()
+    decorated = watchdog_expires(after=60)(empty)
+    rows = []
+    for rate in (0, 100, 1_000, 5_000, 20_000):
+        begin, done = time.monotonic(), 0
+        ran, woke = cpu_seconds(watchdog), status(watchdog, "voluntary_ctxt_switches")
+        while time.monotonic() < begin + 10:
+            while done < (time.monotonic() - begin) * rate:
+                decorated()
+                done += 1
+            time.sleep(0.005)
+        seconds = time.monotonic() - begin
+        percent = 100 * (cpu_seconds(watchdog) - ran) / seconds
+        wakes = (status(watchdog, "voluntary_ctxt_switches") - woke) / seconds
+        what = f"the watchdog process at {rate:,} calls a second"
+        measured = f"{percent:.2f} % of a core, {wakes:.1f} wake-ups/s"
+        rows.append(Row(what, measured, "at most 0.2 %, 5", percent <= 0.2 and wakes <= 5))
+    return rows
+
+
+def hang_guarded(client: Any, begun: Any) -> None:
+    if client is not None:
+        configure(client)
+    block()  # the first one looks for a row
+    guarded = watchdog_expires(after=0.3)(hold_the_gil)
+    begun.value = time.monotonic()
+    guarded()
+
+
+def hang_unguarded(client: Any, begun: Any) -> None:
+    begun.value = time.monotonic()
+    hold_the_gil()
+
+
+def late_by(hang: Callable[..., None], method: str, client: Any) -> float:
+    """Return by how many ms a parent sees its worker dead later than 0.3 s after it began to hang;
+    infinite if it had to be killed. One that is not guarded is killed by its parent then."""
+    context = multiprocessing.get_context(method)
+    begun: Any = context.Value("d", lock=False)
+    worker: Any = context.Process(target=hang, args=(client, begun))  # type: ignore[attr-defined]
+    worker.start()
+    wait_until(lambda: begun.value)
+    deadline: float = begun.value + 0.3
+    if hang is hang_unguarded:
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        deadline = time.monotonic()
+        worker.kill()
+    worker.join(10)
+    seen = time.monotonic()
+    if worker.exitcode is None:
+        worker.kill()
+        return math.inf
+    return 1000 * (seen - deadline)
+
+
+def measure_kills() -> list[Row]:
+    """From the deadline of a hang that holds the GIL until its parent sees it dead."""
+    bare, by_server, by_watchdog = [], [], []
+    with lt.LocalTimerServer() as server:
+        client = lt.start_watchdog()
+        for number in range(100):
+            method = "fork" if number % 2 else "spawn"
+            bare.append(late_by(hang_unguarded, method, None))
+            by_server.append(late_by(hang_guarded, method, server.client()))
+            by_watchdog.append(late_by(hang_guarded, method, client))
+    os_kill = statistics.median(bare)
+    rows = [Row("a bare `os.kill`", spread(bare, " ms"), "", True)]
+    for what, late in (("a server", by_server), ("the watchdog process, with stacks", by_watchdog)):
+        worst = statistics.quantiles(late, n=100)[98]
+        missed, early = late.count(math.inf), sum(each < 0 for each in late)
+        is_kept = statistics.median(late) <= os_kill + 0.5 and worst <= 5 and missed + early == 0
+        measured = (
+            f"{spread(late, ' ms')}, 99 % below {worst:.3g} ms; {missed} missed, {early} early"
+        )
+        goal = f"at most {os_kill + 0.5:.3g} ms, 5 ms; 0, 0"
+        rows.append(Row(f"100 hangs with the GIL held, killed by {what}", measured, goal, is_kept))
+    return rows
+
+
+def hold_timers(client: Any, ready: Any) -> None:
+    for number in range(100_000):
+        client.acquire(str(number), time.monotonic() + 1_000)
+    ready.value = 1
+    time.sleep(1_000)
+
+
+def measure_many_timers() -> list[Row]:
+    watchdog = start_watchdog()
+    client = lt.start_watchdog()
+    decorated = watchdog_expires(after=60)(empty)
+    few = [microseconds(decorated, 100_000) for _ in range(25)]
+    context = multiprocessing.get_context("fork")
+    ready = context.Value("d", lock=False)
+    holder = context.Process(target=hold_timers, args=(client, ready))
+    holder.start()
+    wait_until(lambda: ready.value, 60)
+    many = [microseconds(decorated, 100_000) for _ in range(25)]
+    late = [late_by(hang_guarded, "fork", client) for _ in range(20)]
+    megabytes = status(watchdog, "VmHWM") / 1024
+    holder.kill()
+    holder.join()
+    ratios = [each / statistics.median(few) for each in many]
+    measured = f"{spread(late, ' ms')}, at most {max(late):.3g} ms"
+    return [
+        at_most(1.1, "a decorated call among 100,000 timers / alone", ratios),
+        Row("20 kills among 100,000 timers", measured, "at most 20 ms", max(late) <= 20),
+        Row("the watchdog process then", f"{megabytes:.1f} MB", "at most 16 MB", megabytes <= 16),
+    ]
+
+
+FIRST_CALL = """
+import time
+from local_timer import watchdog_expires
+
+guarded = watchdog_expires(after=60)(time.time)
+begin = time.perf_counter()
+guarded()
+print(time.perf_counter() - begin)
+"""
+
+
+def measure_first_call() -> list[Row]:
+    calls, ratios = [], []
+    for _ in range(25):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-IS", "-c", "pass"], check=True)
+        start = time.perf_counter() - begin
+        command = [sys.executable, "-c", FIRST_CALL]
+        call = float(subprocess.run(command, cwd=HERE, stdout=-1, check=True).stdout)
+        calls.append(1000 * call)
+        ratios.append(call / start)
+    return [
+        Row("the first guarded call", spread(calls, " ms"), "", True),
+        at_most(6, "the first guarded call / `python3 -IS -c pass`", ratios),
+    ]
+
+
+MEASURES = [measure_calls, measure_pytorch, measure_watchdog, measure_kills]
+MEASURES += [measure_many_timers, measure_first_call]
+
+
+def silence() -> None:
+    """Let the lines and the stacks of what is killed not get into the table."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def bench() -> int:
+    """Print the table, each measure in a process of its own; return 0 if all goals are kept."""
+    print(f"CPython {sys.version.split()[0]}, {os.cpu_count()} cores, median (and quartiles)\n")
+    print("| what | measured | goal | |\n| --- | --- | --- | --- |")
+    all_kept = True
+    for measure in MEASURES:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context, initializer=silence) as pool:
+            rows = pool.submit(measure).result()
+        for row in rows:
+            verdict = ("kept" if row.is_kept else "MISSED") if row.goal else ""
+            print(f"| {row.what} | {row.measured} | {row.goal} | {verdict} |", flush=True)
+            all_kept = all_kept and row.is_kept
+    return 0 if all_kept else 1
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["bench"]:
+        sys.exit(bench())
     sys.exit(pytest.main([__file__, *sys.argv[1:]]))
