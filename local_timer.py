@@ -674,13 +674,12 @@ class LocalTimerServer:
         lines = len(self._lines)
         for pid, timers in self._due_workers(now).items():
             self._reap_worker(pid, timers)
-        if len(self._lines) == lines:
-            self._write_lines()
-        # A log handler may block: first another look, for who expires just after this one.
-        latest = now + min(self._interval, _TOGETHER if self._lines else _LOOK)
-        soon = [self._next_step(timer)[0] for timer in self._timers.scan(latest)]
+        soon = [self._next_step(timer)[0] for timer in self._timers.scan(now + self._interval)]
         # Counted from a moment before all this: wherever the server was stopped, it is too late.
-        self._awake_by = max(now, min([*soon, latest]))
+        self._awake_by = max(now, min([*soon, now + self._interval]))
+        # A log handler may block: after a kill first another look, if there is one just after it.
+        if len(self._lines) == lines or self._awake_by > now + _TOGETHER:
+            self._write_lines()
 
     def _next_step(self, timer: _Timer) -> tuple[float, int]:
         """Return when to act on a timer and with which of the signals."""
