@@ -2224,19 +2224,11 @@ def test_a_program_and_its_children_have_one_watchdog(result: Result) -> None:
     """
     import os
     import signal
-    import subprocess
-    import sys
     import threading
     import time
 
     from helpers import end_of, fork
     from local_timer import watchdog_expires
-
-    if len(sys.argv) == 1:
-        for number in range(80):
-            command = [sys.executable, "train.py", str(number / 80 * 0.02)]
-            print(subprocess.run(command).returncode, flush=True)
-        raise SystemExit
 
 
     @watchdog_expires(after=10)
@@ -2249,15 +2241,20 @@ def test_a_program_and_its_children_have_one_watchdog(result: Result) -> None:
         step()
 
 
-    thread = threading.Thread(target=step)
-    thread.start()
-    time.sleep(float(sys.argv[1]))
-    child = fork(work)
-    sleeper = fork(time.sleep, 10)
-    thread.join(5)  # the call of the parent waits for no child
-    code = end_of(child)
-    os.kill(sleeper, signal.SIGKILL)
-    raise SystemExit(code or thread.is_alive())
+    def parent(seconds):
+        thread = threading.Thread(target=step)
+        thread.start()
+        time.sleep(seconds)
+        child = fork(work)
+        sleeper = fork(time.sleep, 10)
+        thread.join(5)  # the call of the parent waits for no child
+        assert not thread.is_alive()
+        assert end_of(child) == 0
+        os.kill(sleeper, signal.SIGKILL)
+
+
+    for number in range(80):
+        print(end_of(fork(parent, number / 80 * 0.02)), flush=True)
     """,
     slow=True,
 )
@@ -2948,6 +2945,91 @@ def test_only_the_standard_library_is_imported() -> None:
     assert {"multiprocessing", "signal"} <= imported
     if sys.version_info >= (3, 10):
         assert imported <= sys.stdlib_module_names
+
+
+# --------------------------------------------------------------------------- the README's programs
+README = HERE / "README.md"
+with_readme = pytest.mark.skipif(not README.exists(), reason="needs the README")
+COPY = f"""
+import os
+import re
+import sys
+from pathlib import Path
+
+readme = Path({str(README)!r}).read_text()
+for name, program in re.findall(r"```python\\n# (.*?)\\n(.*?)```", readme, re.DOTALL):
+    Path(name).write_text("# " + name + "\\n" + program)
+"""
+
+
+@with_readme
+@pytest.mark.parametrize("name", ["train.py", "again.py", "pool.py", "executor.py", "soft.py"])
+@runs(
+    COPY
+    + """
+os.execv(sys.executable, [sys.executable, sys.argv[1]])
+"""
+)
+def test_a_program_of_the_readme_does_what_it_says(name: str, result: Result) -> None:
+    again = ["step 0", "step 1", "step 0", "step 1", "step 2", "step 3"]
+    to_do_again = ["to do again: ['job 17', 'job 7']"]
+    expected = {
+        "train.py": (-26, [], ["train.step (train.py:5, limit 1 s)"]),
+        "again.py": (0, again, ["again.step (again.py:4, limit 1 s)"]),
+        "pool.py": (0, to_do_again, ["job 7 (pool.py:5, limit 1 s)", "job 17 (pool.py:5,"]),
+        "executor.py": (0, to_do_again, ["job 7 (pool.py:5, limit 1 s)", "job 17 (pool.py:5,"]),
+        "soft.py": (0, ["gave up", "the child ended with -26"], ["time.sleep (", "builtins.sum ("]),
+    }
+    status, output, killed = expected[name]
+    assert (result.status, result.output.splitlines()) == (status, output)
+    assert all(timer in result.errors for timer in killed)
+    assert "Traceback" not in result.errors
+    if name == "train.py":
+        shown = README.read_text().partition("$ python3 train.py\n")[2].partition("```")[0]
+        assert normalised(result.errors).startswith(normalised(shown))
+
+
+def normalised(errors: str) -> str:
+    errors = re.sub(r"0x[0-9a-f]+|pid \d+|[\d.]+ ms", "...", errors)
+    errors = re.sub(r'"/.*/(\w+\.py)"', r'"\1"', errors)
+    return re.sub(r'("local_timer.py"), line \d+', r"\1", errors)
+
+
+@with_readme
+@pytest.mark.parametrize("how", ["pytest", "pytest -s"])
+@runs(
+    COPY
+    + """
+tests = '''
+import time
+
+
+def test_before():
+    pass
+
+
+def test_hung():
+    time.sleep(60)
+
+
+def test_after():
+    pass
+'''
+Path("test_train.py").write_text(tests)
+recipe = Path("conftest.py").read_text()
+Path("conftest.py").write_text(recipe.replace("after=60", "after=1"))
+os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1].split(), "-v"])
+"""
+)
+def test_a_test_that_hangs_ends_pytest_with_its_name_and_its_stack(
+    how: str, result: Result
+) -> None:
+    assert result.status == -signal.SIGVTALRM
+    errors = result.output + result.errors
+    assert "local_timer: SIGVTALRM for pid " in errors
+    assert "test_train.py::test_hung (conftest.py:" in errors
+    assert "in test_hung\n" in errors
+    assert "test_after" not in result.output
 
 
 # ----------------------------------------------------------------------------------- the benchmark
