@@ -32,7 +32,6 @@ import functools
 import inspect
 import itertools
 import logging
-import math
 import mmap
 import queue
 import select
@@ -65,7 +64,7 @@ __all__ += ["TimerRequest", "configure", "expires", "start_watchdog", "watchdog_
 # The clock of time.monotonic(), which freezegun and time-machine replace, by another way.
 _CLOCK_ID = getattr(time, "CLOCK_UPTIME_RAW", time.CLOCK_MONOTONIC)  # the first one on macOS
 _clock = functools.partial(time.clock_gettime, _CLOCK_ID)
-_NEVER = math.inf
+_NEVER = float("inf")
 _LOOK = 0.25  # a server looks at least so often, and a worker at its server
 _STALL = 1.0  # a server that wakes so much too late did not run, whatever the reason
 _TOGETHER = 0.05  # timers of a worker that expire so close to each other get one signal
@@ -276,12 +275,12 @@ class _Scoreboard:
         of sight in another pid namespace, None if there is none (struct flock of fcntl(2))."""
         if sys.platform == "linux":
             query = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, byte, size, 0)
-            answer = struct.unpack("hhqqi", fcntl.fcntl(self.file, fcntl.F_GETLK, query))
-            kind, pid = answer[0], answer[4]
+            answer = fcntl.fcntl(self.file, fcntl.F_GETLK, query)
+            kind, _, _, _, pid = struct.unpack("hhqqi", answer)
         else:
             query = struct.pack("qqihh", byte, size, 0, fcntl.F_WRLCK, os.SEEK_SET)
-            answer = struct.unpack("qqihh", fcntl.fcntl(self.file, fcntl.F_GETLK, query))
-            kind, pid = answer[3], answer[2]
+            answer = fcntl.fcntl(self.file, fcntl.F_GETLK, query)
+            _, _, pid, kind, _ = struct.unpack("qqihh", answer)
         return None if kind == fcntl.F_UNLCK else max(0, pid)
 
     def take(self) -> _Slot:
@@ -455,8 +454,7 @@ def _close(file: int, stderr: int, inode: Any, table: Any) -> None:
 
 
 def _pack_name(label: str, where: str) -> bytes:
-    text = label.encode("utf-8", "backslashreplace")
-    text = text if len(text) <= 160 else text[:157] + b"..."
+    text = label.encode("utf-8", "backslashreplace")  # what is too long is cut
     return _NAME.pack(text, where.encode("utf-8", "backslashreplace"))
 
 
@@ -465,10 +463,9 @@ def _unpack_name(table: bytes | memoryview, place: int = 0) -> list[str]:
 
 
 def _report(request: TimerRequest, where: str, now: float) -> str:
-    name = request.scope_id + where
     late = 1000 * max(0.0, now - request.expiration_time)
-    name = name if name.isprintable() else repr(name)
-    return f"{name} is still running {late:.1f} ms after its deadline"
+    text = f"{request.scope_id}{where} is still running {late:.1f} ms after its deadline"
+    return text if text.isprintable() else repr(text)
 
 
 # ----------------------------------------------------------------------------------------- client
@@ -500,9 +497,13 @@ class LocalTimerClient:
         slot = _Process.named.get(key)
         if slot is None:
             slot = _Process.named[key] = self._board.take()
-        after = deadline - _clock()
-        slot.start(_pack_name(scope_id, f" (limit {after:.3g} s)"), after)
-        slot.cell[0] = deadline  # to the microsecond
+        try:
+            after = deadline - _clock()
+            slot.start(_pack_name(scope_id, f" (limit {after:.3g} s)"), after)
+            slot.cell[0] = deadline  # to the microsecond
+        except BaseException:
+            self.release(scope_id)
+            raise
 
     def release(self, scope_id: str) -> None:
         """End a timer of this process; an unknown one is ignored."""
