@@ -362,8 +362,7 @@ class _Scoreboard:
         for start in range(0, len(table), 1024):
             part = table[start : start + 1024]
             if min(part) <= until:  # most parts need not be looked at one by one, which is slow
-                # A row that was never cleared has zeros.
-                timers += [_Timer(n, t) for n, t in enumerate(part, start) if 0 < t <= until]
+                timers += [_Timer(n, t) for n, t in enumerate(part, start) if t <= until]
         return timers
 
     def ask(self, timer: _Timer) -> tuple[TimerRequest, str] | None:
@@ -500,7 +499,7 @@ class LocalTimerClient:
         try:
             after = deadline - _clock()
             slot.start(_pack_name(scope_id, f" (limit {after:.3g} s)"), after)
-            slot.cell[0] = deadline  # to the microsecond
+            slot.cell[0] = deadline  # however long that took
         except BaseException:
             self.release(scope_id)
             raise
@@ -588,8 +587,8 @@ class LocalTimerServer:
     `grace` seconds later gets SIGVTALRM, which prints its stacks, and after as long again SIGKILL.
     With the default it is SIGKILL at once. Start it in the launcher, hand `client()` to workers:
 
-    >>> with LocalTimerServer() as server:
-    ...     worker = multiprocessing.Process(target=work, args=(server.client(),))
+        with LocalTimerServer() as server:
+            worker = multiprocessing.Process(target=work, args=(server.client(),))
 
     It looks at a scoreboard of its own, or takes requests from any `multiprocessing` queue: every
     `max_interval` seconds, at least four times a second, and at each deadline that it has seen.
@@ -772,13 +771,13 @@ def _name(module: str, name: str, file: str, line: int, after: Any, scope: str |
 class watchdog_expires:
     """Guard a function or a block: if it runs longer than `after` seconds, this process is killed.
 
-    >>> @watchdog_expires(after=30)
-    ... def step(): ...
+        @watchdog_expires(after=30)
+        def step(): ...
 
-    >>> with watchdog_expires(after=30) as timer:
-    ...     for batch in batches:
-    ...         train(batch)
-    ...         timer.reset()
+        with watchdog_expires(after=30) as timer:
+            for batch in batches:
+                train(batch)
+                timer.reset()
 
     It works on functions, methods and `async def` (put it right above the `def`); the timer ends on
     return, on any exception and on cancellation. Every call and every block has a timer of its own,

@@ -1154,7 +1154,6 @@ def test_guarded_calls_make_no_system_calls(result: Result) -> None:
 @runs(
     """
     import os
-    import signal
     import time
 
     from helpers import end_of, fork
@@ -1168,6 +1167,8 @@ def test_guarded_calls_make_no_system_calls(result: Result) -> None:
                 client.acquire(f"timer {number}", deadline)
         except RuntimeError as error:
             os.write(ready, f"{error}, after {number}".encode())
+        time.sleep(1)
+        client.acquire("timer 131071", time.monotonic() + 0.3)  # the last one
         time.sleep(60)
 
 
@@ -1184,15 +1185,14 @@ def test_guarded_calls_make_no_system_calls(result: Result) -> None:
         filler = fork(fill, server.client(), ready)
         print(os.read(told, 1000).decode(), flush=True)
         end_of(fork(knock))
-        os.kill(filler, signal.SIGKILL)
-        os.waitpid(filler, 0)
+        print(end_of(filler), flush=True)
         end_of(fork(knock))
     """,
     slow=True,
 )
 def test_a_full_scoreboard_is_told_and_the_places_of_the_dead_are_free(result: Result) -> None:
     full = "the scoreboard is full: 131,072 timers"
-    assert result == (0, f"{full}, after 131072\n{full}\nguarded\n", "")
+    assert result[:2] == (0, f"{full}, after 131072\n{full}\n-9\nguarded\n")
 
 
 @linux_only
@@ -2159,19 +2159,27 @@ def test_a_line_is_not_lost_and_not_late_by_much(result: Result) -> None:
         step()
 
 
+    def by_hand(deadline):
+        server.client().acquire("mine", deadline)
+        time.sleep(60)
+
+
+    deadline = time.monotonic() + 2
     with LocalTimerServer() as server:
         worker = fork(job, 7)
         end_of(worker)
         end_of(fork(work))
-        first, second = server.killed
+        end_of(fork(by_hand, deadline))
+        first, second, third = server.killed
     assert isinstance(first, TimerRequest)
     assert first.worker_id == worker
     assert 0 < time.monotonic() - first.expiration_time < 30
-    print(first.scope_id, second.scope_id)
+    assert third.expiration_time == deadline
+    print(first.scope_id, second.scope_id, third.scope_id)
     """
 )
 def test_killed_tells_which_timers_by_their_labels(result: Result) -> None:
-    assert result[:2] == (0, "job 7 train.step\n")
+    assert result[:2] == (0, "job 7 train.step mine\n")
     assert "job 7 (train.py:" in result.errors
     assert "train.step (train.py:" in result.errors
 
@@ -3003,8 +3011,8 @@ os.execv(sys.executable, [sys.executable, sys.argv[1]])
 def test_a_program_of_the_readme_does_what_it_says(name: str, result: Result) -> None:
     to_do_again = ["to do again: ['job 17', 'job 7']"]
     expected = {
-        "train.py": (-26, [], ["train.step (train.py:5, limit 1 s)"]),
-        "again.py": (0, ["done in attempt 2"], ["again.step (again.py:4, limit 1 s)"]),
+        "train.py": (-26, [], ["train.step (train.py:"]),
+        "again.py": (0, ["done in attempt 2"], ["again.step (again.py:"]),
         "pool.py": (0, to_do_again, ["job 7 (pool.py:5, limit 1 s)", "job 17 (pool.py:5,"]),
         "executor.py": (0, to_do_again, ["job 7 (pool.py:5, limit 1 s)", "job 17 (pool.py:5,"]),
         "soft.py": (0, ["gave up", "the child ended with -26"], ["time.sleep (", "builtins.sum ("]),
@@ -3020,6 +3028,8 @@ def test_a_program_of_the_readme_does_what_it_says(name: str, result: Result) ->
 
 def normalised(errors: str) -> str:
     errors = re.sub(r"0x[0-9a-f]+|pid \d+|[\d.]+ ms", "...", errors)
+    errors = re.sub(r" \[.*\] \(most", " (most", errors)  # 3.14 names the thread
+    errors = re.sub(r"train.py:[56]", "train.py", errors)  # 3.9 tells the line of the def
     errors = re.sub(r'"/.*/(\w+\.py)"', r'"\1"', errors)
     return re.sub(r'("local_timer.py"), line \d+', r"\1", errors)
 
